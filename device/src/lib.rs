@@ -7,17 +7,32 @@
 //!
 //! There is no control group and no policy in this crate; that is `aerostat-reclaim`.
 
+#![cfg_attr(
+    test,
+    allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::type_complexity,
+        reason = "test values are small, and test tables spell their types out"
+    )
+)]
+
+mod balloon;
 pub mod device;
+pub mod discard;
 pub mod error;
+mod event;
 pub mod memory;
 pub mod metrics;
+pub mod pages;
+mod protocol;
+mod ring;
 pub mod runtime;
+mod service;
 
-pub use device::{
-    Completion, Device, DeviceConfig, DeviceState, Element, IoVec, QueueConfig, QueuePosition,
-    RingConfig,
-};
+pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
 pub use error::{Error, Result};
-pub use memory::{GuestMemory, Region};
+pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};
+pub use ring::source::{Completion, Element};
 pub use runtime::{Runtime, RuntimeConfig};

@@ -8,7 +8,7 @@
 
 use crate::error::{Error, Result};
 use std::marker::PhantomData;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
@@ -60,6 +60,16 @@ impl PfnRange {
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.end.0 - self.start.0
+    }
+
+    /// What it has in common with `other`; empty if that is nothing.
+    #[must_use]
+    pub fn intersection(&self, other: Self) -> Self {
+        let start = self.start.max(other.start);
+        Self {
+            start,
+            end: self.end.min(other.end).max(start),
+        }
     }
 
     /// How many bytes it holds.
@@ -117,7 +127,7 @@ impl Region {
 
     fn check(&self) -> Result<()> {
         let align = self.page_size_bytes;
-        if !align.is_power_of_two() || align < BALLOON_PAGE_BYTES || align > 1 << 34 {
+        if !align.is_power_of_two() || !(BALLOON_PAGE_BYTES..=1 << 34).contains(&align) {
             return Err(Error::Invalid {
                 what: "page_size_bytes",
                 value: align,
@@ -168,6 +178,49 @@ impl Region {
 #[derive(Debug)]
 pub struct GuestMemory {
     regions: Vec<Region>,
+    /// The file behind each region: descriptors differ where files do not.
+    files: Vec<Option<FileId>>,
+}
+
+/// A file's identity on this host: device and inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// Identifies the file behind `fd` and checks that holes can be punched into it.
+    fn of(fd: &OwnedFd) -> Result<Self> {
+        let raw = fd.as_raw_fd();
+        // SAFETY: fcntl(F_GETFL) takes no pointer.
+        let flags = unsafe { libc::fcntl(raw, libc::F_GETFL) };
+        if flags < 0 || flags & libc::O_ACCMODE == libc::O_RDONLY {
+            return Err(Error::BadFd {
+                what: "region",
+                fd: raw,
+                expected: "open for writing",
+            });
+        }
+        let mut stat = std::mem::MaybeUninit::<libc::stat64>::zeroed();
+        // SAFETY: the buffer is large enough for a stat64, which the call fills.
+        if unsafe { libc::fstat64(raw, stat.as_mut_ptr()) } != 0 {
+            return Err(Error::last_os("cannot look at a region's file"));
+        }
+        // SAFETY: zeroed memory is a valid stat64, and the call filled it.
+        let stat = unsafe { stat.assume_init() };
+        Ok(Self {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        })
+    }
+}
+
+/// The size of this host's base pages: nothing smaller can be freed.
+fn host_page_bytes() -> u64 {
+    // SAFETY: sysconf takes an integer and has no side effects.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(bytes).unwrap_or(BALLOON_PAGE_BYTES)
 }
 
 /// The most regions a table may have. Far above what VMMs use, far below what would hurt.
@@ -191,7 +244,11 @@ impl GuestMemory {
                 expected: "1 to 4096",
             });
         }
-        for region in &regions {
+        let host_page = host_page_bytes();
+        for region in &mut regions {
+            if region.page_size_bytes.is_power_of_two() {
+                region.page_size_bytes = region.page_size_bytes.max(host_page);
+            }
             region.check()?;
         }
         regions.sort_by_key(|region| region.gpa);
@@ -203,13 +260,21 @@ impl GuestMemory {
                 });
             }
         }
-        Ok(Arc::new(Self { regions }))
+        let file = |region: &Region| region.fd.as_ref().map(|fd| FileId::of(fd)).transpose();
+        let files = regions.iter().map(file).collect::<Result<_>>()?;
+        Ok(Arc::new(Self { regions, files }))
     }
 
     /// The regions in ascending order of guest address.
     #[must_use]
     pub fn regions(&self) -> &[Region] {
         &self.regions
+    }
+
+    /// The file behind the region at `index`, if it has one.
+    #[must_use]
+    pub fn file_id(&self, index: usize) -> Option<FileId> {
+        self.files.get(index).copied().flatten()
     }
 
     /// The sum of all regions' lengths.
@@ -339,6 +404,50 @@ impl HostSlice<'_> {
     }
 }
 
+/// A piece of memory that the VMM hands over with an element.
+#[derive(Clone, Copy, Debug)]
+pub struct IoVec {
+    address: usize,
+    len: usize,
+}
+
+impl IoVec {
+    /// Describes `len` bytes at `address`.
+    ///
+    /// # Safety
+    /// The memory stays mapped, and writable if it is passed as such, until the element's completion
+    /// has been collected or [`crate::Device::reset`] has returned.
+    #[must_use]
+    pub unsafe fn new(address: usize, len: usize) -> Self {
+        Self { address, len }
+    }
+
+    /// The host address.
+    #[must_use]
+    pub fn address(&self) -> usize {
+        self.address
+    }
+
+    /// The length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it is empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The memory itself, for use while the element is being served.
+    pub(crate) fn slice(&self) -> HostSlice<'_> {
+        // SAFETY: `new`'s caller keeps it mapped until the element is completed, and only elements
+        // that are being served are read.
+        unsafe { HostSlice::new(self.address as *mut u8, self.len) }
+    }
+}
+
 /// Guest memory that a queue keeps for as long as it runs: one contiguous area, with its table.
 #[derive(Debug)]
 pub(crate) struct HostArea {
@@ -361,7 +470,7 @@ impl HostArea {
         len: usize,
         align: u64,
     ) -> Result<Self> {
-        if gpa.0 % align != 0 {
+        if !gpa.0.is_multiple_of(align) {
             return Err(Error::Unaligned {
                 what,
                 value: gpa.0,
@@ -389,7 +498,7 @@ impl HostArea {
     fn at<T>(&self, offset: usize) -> *mut T {
         let size = size_of::<T>();
         assert!(
-            offset % size == 0 && offset + size <= self.len,
+            offset.is_multiple_of(size) && offset + size <= self.len,
             "offset derived from ring size"
         );
         self.ptr.wrapping_add(offset).cast()

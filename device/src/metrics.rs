@@ -5,6 +5,7 @@
 
 use crate::memory::NodeId;
 use parking_lot::Mutex;
+use std::time::Instant;
 
 /// Where the bytes of one kind of request went. All values only grow, but for `pending` and `held`.
 ///
@@ -38,27 +39,36 @@ pub struct Flow {
     pub skipped_failed_bytes: u64,
 }
 
+/// Counters wrap instead of overflowing: the guest decides how fast they grow.
+fn wrapping_sum(values: &[u64]) -> u64 {
+    values.iter().fold(0, |sum, value| sum.wrapping_add(*value))
+}
+
 impl Flow {
     /// The sum of all reasons for which bytes were not discarded.
     #[must_use]
     pub fn skipped_bytes(&self) -> u64 {
-        self.skipped_inhibited_bytes
-            + self.skipped_out_of_range_bytes
-            + self.skipped_duplicate_bytes
-            + self.skipped_pinned_bytes
-            + self.skipped_partial_bytes
-            + self.skipped_failed_bytes
+        wrapping_sum(&[
+            self.skipped_inhibited_bytes,
+            self.skipped_out_of_range_bytes,
+            self.skipped_duplicate_bytes,
+            self.skipped_pinned_bytes,
+            self.skipped_partial_bytes,
+            self.skipped_failed_bytes,
+        ])
     }
 
     /// Whether every requested byte is accounted for exactly once (I4).
     #[must_use]
     pub fn balances(&self) -> bool {
-        self.requested_bytes + self.reopened_bytes
-            == self.discarded_bytes
-                + self.pending_bytes
-                + self.held_bytes
-                + self.withdrawn_bytes
-                + self.skipped_bytes()
+        wrapping_sum(&[self.requested_bytes, self.reopened_bytes])
+            == wrapping_sum(&[
+                self.discarded_bytes,
+                self.pending_bytes,
+                self.held_bytes,
+                self.withdrawn_bytes,
+                self.skipped_bytes(),
+            ])
     }
 }
 
@@ -121,7 +131,7 @@ impl Books {
         let nodes = self.nodes.lock();
         nodes
             .iter()
-            .fold(Counters::default(), |sum, node| sum + *node)
+            .fold(Counters::default(), |sum, node| sum.combine(*node))
     }
 
     /// One node's share; `None` asks for memory of unknown node.
@@ -158,20 +168,29 @@ impl Entry<'_> {
     }
 }
 
-/// Implements `+` field by field; naming each field here keeps a new counter from being forgotten.
-macro_rules! impl_add {
-    ($ty:ident { $($field:ident),* $(,)? }) => {
-        impl std::ops::Add for $ty {
-            type Output = Self;
+/// Addition that wraps, see [`wrapping_sum`].
+trait Combine {
+    fn combine(self, other: Self) -> Self;
+}
 
-            fn add(self, other: Self) -> Self {
-                Self { $($field: self.$field + other.$field),* }
+impl Combine for u64 {
+    fn combine(self, other: Self) -> Self {
+        self.wrapping_add(other)
+    }
+}
+
+/// Combines field by field; naming each field here keeps a new counter from being forgotten.
+macro_rules! impl_combine {
+    ($ty:ident { $($field:ident),* $(,)? }) => {
+        impl Combine for $ty {
+            fn combine(self, other: Self) -> Self {
+                Self { $($field: self.$field.combine(other.$field)),* }
             }
         }
     };
 }
 
-impl_add!(Flow {
+impl_combine!(Flow {
     requested_bytes,
     discarded_bytes,
     pending_bytes,
@@ -186,7 +205,7 @@ impl_add!(Flow {
     skipped_failed_bytes,
 });
 
-impl_add!(Counters {
+impl_combine!(Counters {
     balloon,
     report,
     returned_bytes,
@@ -213,6 +232,6 @@ pub struct GuestStats {
     pub values: [Option<u64>; STATS_TAGS],
     /// How often the guest has answered since the device was activated; 0 is never.
     pub sequence: u64,
-    /// When this answer came, in nanoseconds of `CLOCK_MONOTONIC`.
-    pub received_ns: u64,
+    /// When this answer came; `None` if none came yet.
+    pub received: Option<Instant>,
 }
