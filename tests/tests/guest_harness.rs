@@ -1,6 +1,11 @@
 //! The real guest by itself, without any device: that the harness other tests stand on tells the
 //! truth about commands, memory and the end of a guest.
 
+#![expect(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "the helpers of a test fail like the test"
+)]
 use std::{fs, time::Duration};
 
 use aerostat_tests::guest::{GuestError, Prerequisites, UmlConfig, UmlGuest};

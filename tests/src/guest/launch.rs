@@ -66,6 +66,12 @@ impl UmlConfig {
         self
     }
 
+    /// Keeps the guest from reporting unused memory, so that the balloon alone gives memory back.
+    #[must_use]
+    pub fn without_reporting(self) -> Self {
+        self.kernel_argument("aerostat.reporting=off")
+    }
+
     /// Adds a word to the kernel's command line.
     #[must_use]
     pub fn kernel_argument(mut self, argument: &str) -> Self {

@@ -1,6 +1,7 @@
 //! A running guest.
 
 use std::{
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::Child,
     thread,
@@ -30,10 +31,16 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct UmlGuest {
     config: UmlConfig,
+    running: Running,
+}
+
+/// The processes of one power cycle.
+#[derive(Debug)]
+struct Running {
     process: Child,
     console: Console,
     ram: tempfile::TempDir,
-    ram_mount: std::os::fd::OwnedFd,
+    ram_mount: OwnedFd,
 }
 
 impl UmlGuest {
@@ -43,41 +50,10 @@ impl UmlGuest {
     /// Something is not installed, or the guest does not come up in time; the error then holds the
     /// end of its console log.
     pub fn boot(config: &UmlConfig) -> Result<Self, GuestError> {
-        let parts = Prerequisites::find()?;
-        let initramfs = initramfs::build(&parts, &artifacts::directory().join("guest"))?;
-        let ram = tempfile::Builder::new()
-            .prefix("aerostat-guest-")
-            .tempdir()
-            .map_err(GuestError::io(
-                "making a directory in",
-                std::env::temp_dir(),
-            ))?;
-        let mut process = launch::start(&parts, config, &initramfs, ram.path())?;
-        let streams = (
-            process.stdin.take(),
-            process.stdout.take(),
-            process.stderr.take(),
-        );
-        let (Some(input), Some(output), Some(errors)) = streams else {
-            unreachable!("all three streams were asked for");
-        };
-        let mut console = Console::new(input, output, errors);
-        let booted = console
-            .wait_until_ready(config.boot_timeout)
-            .and_then(|()| open_mount(&process, ram.path()));
-        match booted {
-            Ok(ram_mount) => Ok(Self {
-                config: config.clone(),
-                process,
-                console,
-                ram,
-                ram_mount,
-            }),
-            Err(error) => {
-                end(&mut process, &mut console);
-                Err(error)
-            }
-        }
+        Ok(Self {
+            config: config.clone(),
+            running: Running::start(config)?,
+        })
     }
 
     /// Runs a shell command in the guest and returns what it wrote.
@@ -93,7 +69,7 @@ impl UmlGuest {
     /// # Errors
     /// As [`Self::run`].
     pub fn run_within(&mut self, command: &str, patience: Duration) -> Result<String, GuestError> {
-        self.console.run(command, patience)
+        self.running.console.run(command, patience)
     }
 
     /// Looks at a condition until it is true. `probe` returns whether it is, and a description of
@@ -129,8 +105,8 @@ impl UmlGuest {
     /// # Errors
     /// The file system cannot be asked.
     pub fn host_memory_bytes(&self) -> Result<u64, GuestError> {
-        let figures = rustix::fs::fstatvfs(&self.ram_mount)
-            .map_err(|error| GuestError::io("asking", self.ram.path())(error.into()))?;
+        let figures = rustix::fs::fstatvfs(&self.running.ram_mount)
+            .map_err(|error| GuestError::io("asking", self.running.ram.path())(error.into()))?;
         Ok((figures.f_blocks - figures.f_bfree) * figures.f_frsize)
     }
 
@@ -140,8 +116,23 @@ impl UmlGuest {
     /// # Errors
     /// The guest does not come back in time.
     pub fn reboot(&mut self) -> Result<(), GuestError> {
-        self.console.send("reboot -f")?;
-        self.console.wait_until_ready(self.config.boot_timeout)
+        self.running.console.send("reboot -f")?;
+        self.running
+            .console
+            .wait_until_ready(self.config.boot_timeout)
+    }
+
+    /// Ends the guest at once, without its knowledge, and boots it again with empty memory.
+    ///
+    /// # Errors
+    /// As [`Self::boot`].
+    pub fn power_cycle(&mut self) -> Result<(), GuestError> {
+        let Running {
+            process, console, ..
+        } = &mut self.running;
+        end(process, console);
+        self.running = Running::start(&self.config)?;
+        Ok(())
     }
 
     /// Switches the guest off from inside and waits until all its processes have ended.
@@ -149,26 +140,26 @@ impl UmlGuest {
     /// # Errors
     /// It did not end in time.
     pub fn power_off(mut self) -> Result<(), GuestError> {
-        self.console.send("poweroff -f")?;
-        if self.console.wait_for_end(END_TIMEOUT) {
+        self.running.console.send("poweroff -f")?;
+        if self.running.console.wait_for_end(END_TIMEOUT) {
             return Ok(());
         }
         Err(GuestError::Timeout {
             command: "poweroff -f".to_owned(),
             waited: END_TIMEOUT,
-            console: self.console.log().tail(),
+            console: self.running.console.log().tail(),
         })
     }
 
     /// Whether the guest's processes are still there.
     pub fn is_running(&mut self) -> bool {
-        matches!(self.process.try_wait(), Ok(None))
+        matches!(self.running.process.try_wait(), Ok(None))
     }
 
     /// What the guest's kernel said so far.
     #[must_use]
     pub fn console_log(&self) -> &ConsoleLog {
-        self.console.log()
+        self.running.console.log()
     }
 
     /// What the guest was started with.
@@ -178,14 +169,53 @@ impl UmlGuest {
     }
 }
 
-impl Drop for UmlGuest {
+impl Running {
+    fn start(config: &UmlConfig) -> Result<Self, GuestError> {
+        let parts = Prerequisites::find()?;
+        let initramfs = initramfs::build(&parts, &artifacts::directory().join("guest"))?;
+        let ram = tempfile::Builder::new()
+            .prefix("aerostat-guest-")
+            .tempdir()
+            .map_err(GuestError::io(
+                "making a directory in",
+                std::env::temp_dir(),
+            ))?;
+        let mut process = launch::start(&parts, config, &initramfs, ram.path())?;
+        let streams = (
+            process.stdin.take(),
+            process.stdout.take(),
+            process.stderr.take(),
+        );
+        let (Some(input), Some(output), Some(errors)) = streams else {
+            unreachable!("all three streams were asked for");
+        };
+        let mut console = Console::new(input, output, errors);
+        let booted = console
+            .wait_until_ready(config.boot_timeout)
+            .and_then(|()| open_mount(&process, ram.path()));
+        match booted {
+            Ok(ram_mount) => Ok(Self {
+                process,
+                console,
+                ram,
+                ram_mount,
+            }),
+            Err(error) => {
+                end(&mut process, &mut console);
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Drop for Running {
     fn drop(&mut self) {
         end(&mut self.process, &mut self.console);
     }
 }
 
 /// Opens the guest's tmpfs, which only its own namespace sees, through one of its processes.
-fn open_mount(process: &Child, ram: &Path) -> Result<std::os::fd::OwnedFd, GuestError> {
+fn open_mount(process: &Child, ram: &Path) -> Result<OwnedFd, GuestError> {
     let inside = ram.strip_prefix("/").unwrap_or(ram);
     let path: PathBuf = format!("/proc/{}/root", process.id()).into();
     let path = path.join(inside);
