@@ -1,1 +1,5 @@
-//! placeholder
+//! Test support: real guests, and the programs that show the library at work on them.
+
+pub mod artifacts;
+pub mod backend;
+pub mod guest;
