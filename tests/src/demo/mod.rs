@@ -17,7 +17,10 @@ pub mod summary;
 pub mod synthetic;
 pub mod uml;
 
-use std::{fs, path::PathBuf};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     backend::BackendError,
@@ -85,7 +88,7 @@ pub fn run(options: &Options) -> Result<bool, DemoError> {
     fs::create_dir_all(options.output_directory()).map_err(write_error)?;
     fs::write(&chart, chart::draw(&outcome)).map_err(write_error)?;
     print!("{}", summary::table(&outcome));
-    println!("\nTimeline: {}", chart.display());
+    println!("\nTimeline: {}", shortened(&chart).display());
     Ok(outcome.passed())
 }
 
@@ -104,6 +107,12 @@ fn start(options: &Options) -> Result<Box<dyn DemoGuest>, DemoError> {
         GuestKind::Synthetic => synthetic::start(options),
         GuestKind::Auto | GuestKind::Uml => Ok(Box::new(uml::UmlDemoGuest::start(options)?)),
     }
+}
+
+/// The path from the current directory if it is below that.
+fn shortened(path: &Path) -> &Path {
+    let here = env::current_dir().unwrap_or_default();
+    path.strip_prefix(here).unwrap_or(path)
 }
 
 /// Bytes as MiB, for display.
