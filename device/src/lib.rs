@@ -1,1 +1,38 @@
-//! placeholder
+//! The balloon device: guest memory goes in at one end, freed host memory comes out at the other.
+//!
+//! The modules stand in the order in which a page passes them: [`memory`] (where the guest's pages
+//! are), `ring` (how the guest hands them over), `protocol` (what it meant), [`pages`] (which of
+//! them, as ranges), `balloon` (who owns them) and [`discard`] (how the host gets them). The
+//! [`runtime`] brings the threads, [`device`] the life cycle, [`metrics`] the books.
+//!
+//! There is no control group and no policy in this crate; that is `aerostat-reclaim`.
+
+#![cfg_attr(
+    test,
+    allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::type_complexity,
+        reason = "test values are small, and test tables spell their types out"
+    )
+)]
+
+mod balloon;
+pub mod device;
+pub mod discard;
+pub mod error;
+mod event;
+pub mod memory;
+pub mod metrics;
+pub mod pages;
+mod protocol;
+mod ring;
+pub mod runtime;
+mod service;
+
+pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
+pub use error::{Error, Result};
+pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
+pub use metrics::{Counters, Flow, GuestStats};
+pub use ring::source::{Completion, Element};
+pub use runtime::{Runtime, RuntimeConfig};

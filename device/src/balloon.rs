@@ -1,0 +1,436 @@
+//! The balloon core: give, take, reset, and the books about them. It knows no wire format.
+//!
+//! Invariants: I1 (a page is discarded only while its bit in the ownership bitmap is set, under the
+//! lock of the device that owns this core), I4 (each requested byte is entered exactly once).
+
+use crate::discard::plan::Piece;
+use crate::discard::{Discarder, Outcome};
+use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, Pfn, PfnRange, Region};
+use crate::metrics::{Books, Counters, Flow};
+use crate::pages::ownership::{Bitmap, Ownership};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Pages to bytes.
+fn bytes(pages: u64) -> u64 {
+    pages << BALLOON_PAGE_SHIFT
+}
+
+/// Adds to a counter. Counters wrap instead of overflowing: the guest decides how fast they grow,
+/// and balances hold modulo 2^64 all the same.
+pub(crate) fn bump(counter: &mut u64, by: u64) {
+    *counter = counter.wrapping_add(by);
+}
+
+/// Takes from a gauge.
+fn lower(gauge: &mut u64, by: u64) {
+    *gauge = gauge.wrapping_sub(by);
+}
+
+/// Whether a discard belongs to the balloon's books or to those of page reporting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Account {
+    Balloon,
+    Report,
+}
+
+impl Account {
+    fn of(self, counters: &mut Counters) -> &mut Flow {
+        match self {
+            Self::Balloon => &mut counters.balloon,
+            Self::Report => &mut counters.report,
+        }
+    }
+}
+
+/// A guest's balloon over one memory table.
+#[derive(Debug)]
+pub(crate) struct Balloon {
+    memory: Arc<GuestMemory>,
+    ownership: Ownership,
+    ballooned_pages: u64,
+    discarder: Discarder,
+    inhibited: bool,
+    /// Kept between calls for its allocation only.
+    pieces: Vec<Piece>,
+}
+
+impl Balloon {
+    /// An empty balloon.
+    pub(crate) fn new(memory: Arc<GuestMemory>, discarder: Discarder) -> Self {
+        let ownership = Ownership::new(&memory);
+        Self {
+            memory,
+            ownership,
+            ballooned_pages: 0,
+            discarder,
+            inhibited: false,
+            pieces: Vec::new(),
+        }
+    }
+
+    /// The table it works on.
+    pub(crate) fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// How many bytes are in the balloon.
+    pub(crate) fn ballooned_bytes(&self) -> u64 {
+        bytes(self.ballooned_pages)
+    }
+
+    /// From now on nothing is discarded, or discarded again.
+    pub(crate) fn set_inhibited(&mut self, inhibited: bool) {
+        self.inhibited = inhibited;
+    }
+
+    /// The guest puts `ranges` in: sorted and disjoint, otherwise as the guest sent them.
+    /// `duplicate_pages` were dropped while they were sorted, and are entered here.
+    ///
+    /// When this returns, all of it is discarded, held, or skipped for a reason.
+    pub(crate) fn give(&mut self, ranges: &[PfnRange], duplicate_pages: u64, books: &Books) {
+        let mut pieces = std::mem::take(&mut self.pieces);
+        pieces.clear();
+        books.enter(|entry| {
+            let flow = &mut entry.device().balloon;
+            bump(&mut flow.requested_bytes, bytes(duplicate_pages));
+            bump(&mut flow.skipped_duplicate_bytes, bytes(duplicate_pages));
+            for &range in ranges {
+                let (memory, ownership) = (&self.memory, &mut self.ownership);
+                let outside = in_regions(memory, range, |index, region, range| {
+                    let flow = &mut entry.node(region.node).balloon;
+                    bump(&mut flow.requested_bytes, range.bytes());
+                    if region.readonly {
+                        bump(&mut flow.skipped_out_of_range_bytes, range.bytes());
+                        return;
+                    }
+                    let Some(bitmap) = ownership.region(index) else {
+                        return;
+                    };
+                    let mut fresh_pages = 0;
+                    bitmap.insert(range, |run| {
+                        fresh_pages += run.pages();
+                        pieces.push(Piece {
+                            region: index,
+                            range: run,
+                        });
+                    });
+                    bump(
+                        &mut flow.skipped_duplicate_bytes,
+                        range.bytes() - bytes(fresh_pages),
+                    );
+                    self.ballooned_pages += fresh_pages;
+                });
+                let flow = &mut entry.device().balloon;
+                bump(&mut flow.requested_bytes, bytes(outside));
+                bump(&mut flow.skipped_out_of_range_bytes, bytes(outside));
+            }
+            // Until the discard below is entered these bytes are pending: the books always balance.
+            for piece in &pieces {
+                let flow = &mut entry.node(self.node(piece)).balloon;
+                bump(&mut flow.pending_bytes, piece.range.bytes());
+            }
+        });
+        self.complete_frames(&mut pieces, books);
+        self.discard(&pieces, Account::Balloon, books);
+        self.pieces = pieces;
+    }
+
+    /// The guest wants `ranges` back: sorted and disjoint. From now on they are never discarded.
+    pub(crate) fn take(&mut self, ranges: &[PfnRange], duplicate_pages: u64, books: &Books) {
+        books.enter(|entry| {
+            bump(
+                &mut entry.device().rejected_take_bytes,
+                bytes(duplicate_pages),
+            );
+            for &range in ranges {
+                let (memory, ownership) = (&self.memory, &mut self.ownership);
+                let outside = in_regions(memory, range, |index, region, range| {
+                    let Some(bitmap) = ownership.region(index) else {
+                        return;
+                    };
+                    let counters = entry.node(region.node);
+                    let mut taken_pages = 0;
+                    if region.pages_per_frame() == 1 {
+                        bitmap.remove(range, |run| taken_pages += run.pages());
+                    } else {
+                        for frame in frames(region, range) {
+                            let before = held_bytes(bitmap, frame);
+                            bitmap.remove(frame.intersection(range), |run| {
+                                taken_pages += run.pages();
+                            });
+                            set_held(&mut counters.balloon, before, held_bytes(bitmap, frame));
+                        }
+                    }
+                    self.ballooned_pages -= taken_pages;
+                    bump(&mut counters.returned_bytes, bytes(taken_pages));
+                    bump(
+                        &mut counters.rejected_take_bytes,
+                        range.bytes() - bytes(taken_pages),
+                    );
+                });
+                bump(&mut entry.device().rejected_take_bytes, bytes(outside));
+            }
+        });
+    }
+
+    /// The guest says that `ranges` hold nothing it needs (page reporting): discards them now. They
+    /// stay the guest's. `duplicate_pages` as for [`Self::give`]; `poisoned` leaves them alone since
+    /// the guest expects its poison there (S10).
+    pub(crate) fn report(
+        &mut self,
+        ranges: &[PfnRange],
+        duplicate_pages: u64,
+        poisoned: bool,
+        books: &Books,
+    ) {
+        let mut pieces = std::mem::take(&mut self.pieces);
+        pieces.clear();
+        books.enter(|entry| {
+            let flow = &mut entry.device().report;
+            bump(&mut flow.requested_bytes, bytes(duplicate_pages));
+            bump(&mut flow.skipped_duplicate_bytes, bytes(duplicate_pages));
+            for &range in ranges {
+                let outside = in_regions(&self.memory, range, |index, region, range| {
+                    let flow = &mut entry.node(region.node).report;
+                    bump(&mut flow.requested_bytes, range.bytes());
+                    if region.readonly {
+                        bump(&mut flow.skipped_out_of_range_bytes, range.bytes());
+                        return;
+                    }
+                    let whole = if poisoned {
+                        None
+                    } else {
+                        whole_frames(region, range)
+                    };
+                    let discard = whole.map_or(0, |whole| whole.bytes());
+                    bump(&mut flow.skipped_partial_bytes, range.bytes() - discard);
+                    bump(&mut flow.pending_bytes, discard);
+                    pieces.extend(whole.map(|range| Piece {
+                        region: index,
+                        range,
+                    }));
+                });
+                let flow = &mut entry.device().report;
+                bump(&mut flow.requested_bytes, bytes(outside));
+                bump(&mut flow.skipped_out_of_range_bytes, bytes(outside));
+            }
+        });
+        self.discard(&pieces, Account::Report, books);
+        self.pieces = pieces;
+    }
+
+    /// The balloon is empty again: the guest owns every page (device reset).
+    pub(crate) fn reset(&mut self, books: &Books) {
+        let empty = Ownership::new(&self.memory);
+        self.replace(Arc::clone(&self.memory), empty, books);
+    }
+
+    /// Goes on with another memory table. What is in the balloon stays in it where the new table
+    /// still has the page, and is forgotten where it has not.
+    pub(crate) fn set_memory(&mut self, memory: Arc<GuestMemory>, books: &Books) {
+        let mut ownership = Ownership::new(&memory);
+        self.ownership.runs(|run| {
+            in_regions(&memory, run, |index, region, range| {
+                if let Some(bitmap) = ownership.region(index).filter(|_| !region.readonly) {
+                    bitmap.insert(range, |_| ());
+                }
+            });
+        });
+        self.replace(memory, ownership, books);
+    }
+
+    /// Swaps table and bitmap and carries the books over: bytes that were held in incomplete frames
+    /// may no longer be, or now be.
+    fn replace(&mut self, memory: Arc<GuestMemory>, mut ownership: Ownership, books: &Books) {
+        let mut held: BTreeMap<Option<NodeId>, (u64, u64)> = BTreeMap::new();
+        for (index, region) in self.memory.regions().iter().enumerate() {
+            held.entry(region.node).or_default().0 +=
+                held_in_region(&mut self.ownership, index, region);
+        }
+        for (index, region) in memory.regions().iter().enumerate() {
+            held.entry(region.node).or_default().1 += held_in_region(&mut ownership, index, region);
+        }
+        books.enter(|entry| {
+            for (node, (before, after)) in held {
+                set_held(&mut entry.node(node).balloon, before, after);
+            }
+        });
+        self.ballooned_pages = 0;
+        ownership.runs(|run| self.ballooned_pages += run.pages());
+        self.ownership = ownership;
+        self.memory = memory;
+    }
+
+    /// The node that the books know a piece under.
+    fn node(&self, piece: &Piece) -> Option<NodeId> {
+        self.memory
+            .regions()
+            .get(piece.region)
+            .and_then(|region| region.node)
+    }
+
+    /// In regions with huge frames, replaces fresh runs by the frames that are complete now and
+    /// enters the rest as held. Runs in other regions stay as they are.
+    fn complete_frames(&mut self, pieces: &mut Vec<Piece>, books: &Books) {
+        let regions = self.memory.regions();
+        let frame_of = |piece: &Piece| regions.get(piece.region).map_or(1, Region::pages_per_frame);
+        if pieces.iter().all(|piece| frame_of(piece) == 1) {
+            return;
+        }
+        let fresh = std::mem::take(pieces);
+        // Fresh pages by frame; the runs of one frame follow each other.
+        let mut touched: Vec<(Piece, u64)> = Vec::new();
+        for piece in fresh {
+            let Some(region) = regions.get(piece.region).filter(|_| frame_of(&piece) > 1) else {
+                pieces.push(piece);
+                continue;
+            };
+            for range in frames(region, piece.range) {
+                let pages = range.intersection(piece.range).pages();
+                let frame = Piece {
+                    region: piece.region,
+                    range,
+                };
+                match touched.last_mut() {
+                    Some((last, fresh)) if *last == frame => *fresh += pages,
+                    _ => touched.push((frame, pages)),
+                }
+            }
+        }
+        books.enter(|entry| {
+            for (frame, fresh_pages) in touched {
+                let flow = &mut entry.node(self.node(&frame)).balloon;
+                let Some(bitmap) = self.ownership.region(frame.region) else {
+                    continue;
+                };
+                if bitmap.count(frame.range) == frame.range.pages() {
+                    let earlier = frame.range.bytes() - bytes(fresh_pages);
+                    lower(&mut flow.held_bytes, earlier);
+                    bump(&mut flow.pending_bytes, earlier);
+                    pieces.push(frame);
+                } else {
+                    lower(&mut flow.pending_bytes, bytes(fresh_pages));
+                    bump(&mut flow.held_bytes, bytes(fresh_pages));
+                }
+            }
+        });
+    }
+
+    /// Discards `pieces`, all entered as pending, and enters what became of them.
+    fn discard(&self, pieces: &[Piece], account: Account, books: &Books) {
+        if pieces.is_empty() {
+            return;
+        }
+        let regions = self.memory.regions();
+        let pinned = |piece: &&Piece| regions.get(piece.region).is_some_and(|r| r.pinned);
+        let outcome = if self.inhibited {
+            Outcome::default()
+        } else if pieces.iter().any(|piece| pinned(&piece)) {
+            let free: Vec<_> = pieces
+                .iter()
+                .filter(|piece| !pinned(piece))
+                .copied()
+                .collect();
+            self.discarder.discard(&self.memory, &free)
+        } else {
+            self.discarder.discard(&self.memory, pieces)
+        };
+        books.enter(|entry| {
+            for piece in pieces {
+                let flow = account.of(entry.node(self.node(piece)));
+                let size = piece.range.bytes();
+                lower(&mut flow.pending_bytes, size);
+                if self.inhibited {
+                    bump(&mut flow.skipped_inhibited_bytes, size);
+                } else if pinned(&piece) {
+                    bump(&mut flow.skipped_pinned_bytes, size);
+                } else {
+                    bump(&mut flow.discarded_bytes, size);
+                }
+            }
+            for range in &outcome.failed {
+                let node = regions.get(range.region).and_then(|region| region.node);
+                let flow = account.of(entry.node(node));
+                lower(&mut flow.discarded_bytes, range.len);
+                bump(&mut flow.skipped_failed_bytes, range.len);
+            }
+            let device = entry.device();
+            bump(&mut device.discard_calls, outcome.calls);
+            bump(&mut device.discard_ranges, outcome.ranges);
+            bump(&mut device.discard_ns, outcome.nanoseconds);
+        });
+    }
+}
+
+/// Calls `each` for the part of `range` in every region it touches; returns how many of its pages
+/// are in none.
+fn in_regions(
+    memory: &GuestMemory,
+    range: PfnRange,
+    mut each: impl FnMut(usize, &Region, PfnRange),
+) -> u64 {
+    let regions = memory.regions();
+    let first = regions.partition_point(|region| region.pfns().end <= range.start);
+    let mut outside = range.pages();
+    for (index, region) in regions.iter().enumerate().skip(first) {
+        let part = region.pfns().intersection(range);
+        if part.pages() == 0 {
+            break;
+        }
+        outside -= part.pages();
+        each(index, region, part);
+    }
+    outside
+}
+
+/// The frames of `region` that `range` touches. Regions begin at a multiple of their frame size.
+fn frames(region: &Region, range: PfnRange) -> impl Iterator<Item = PfnRange> + use<> {
+    let frame = region.pages_per_frame();
+    (range.start.0 / frame..range.end.0.div_ceil(frame))
+        .map(move |index| PfnRange::new(Pfn(index * frame), frame))
+}
+
+/// The part of `range` that consists of whole frames, if there is any.
+fn whole_frames(region: &Region, range: PfnRange) -> Option<PfnRange> {
+    let frame = region.pages_per_frame();
+    let start = range.start.0.next_multiple_of(frame);
+    let end = range.end.0 / frame * frame;
+    (start < end).then_some(PfnRange {
+        start: Pfn(start),
+        end: Pfn(end),
+    })
+}
+
+/// The bytes of `frame` that are in the balloon without the frame being complete.
+fn held_bytes(bitmap: &Bitmap, frame: PfnRange) -> u64 {
+    let pages = bitmap.count(frame);
+    if pages == frame.pages() {
+        0
+    } else {
+        bytes(pages)
+    }
+}
+
+/// The sum of [`held_bytes`] over a region.
+fn held_in_region(ownership: &mut Ownership, index: usize, region: &Region) -> u64 {
+    match ownership.region(index) {
+        Some(bitmap) if region.pages_per_frame() > 1 => frames(region, region.pfns())
+            .map(|frame| held_bytes(bitmap, frame))
+            .sum(),
+        _ => 0,
+    }
+}
+
+/// Enters that held bytes changed from `before` to `after` without a discard.
+fn set_held(flow: &mut Flow, before: u64, after: u64) {
+    lower(&mut flow.held_bytes, before);
+    bump(&mut flow.held_bytes, after);
+    bump(&mut flow.reopened_bytes, after.saturating_sub(before));
+    bump(&mut flow.withdrawn_bytes, before.saturating_sub(after));
+}
+
+#[cfg(test)]
+#[path = "balloon_tests.rs"]
+#[allow(unsafe_code, reason = "the tests map memory to balloon")]
+mod tests;

@@ -1,0 +1,460 @@
+//! A balloon device: what a VMM does with it, from negotiation to reset.
+//!
+//! Everything that serving touches is in `Service`, behind one lock. A worker holds that lock for
+//! one bounded turn and discards within it, so whoever holds the lock knows that nothing is in
+//! flight: the lock is the drain barrier of pause, reset, inhibit and the memory table (I2). What
+//! vCPU threads and monitors need without waiting (configuration space, target, state) is outside.
+
+use crate::balloon::{Balloon, bump};
+use crate::error::{Error, Result};
+use crate::event::EventFd;
+use crate::memory::{BALLOON_PAGE_SHIFT, Gpa, GuestMemory, NodeId};
+use crate::metrics::{Counters, GuestStats};
+use crate::protocol::virtio_balloon::{Features, StatsBoard};
+use crate::ring::source::{Completion, Element};
+use crate::runtime::{Runtime, Servable};
+use crate::service::{Service, Shared};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// How a device is set up.
+#[derive(Debug, Default)]
+pub struct DeviceConfig {
+    /// The features to offer, a subset of [`Device::SUPPORTED_FEATURES`]; 0 offers the default set.
+    pub features: u64,
+    /// An eventfd signalled when the guest is to get a configuration-change interrupt: the target
+    /// changed, or the device needs a reset. The VMM then reads [`Device::state`].
+    pub config_event: Option<OwnedFd>,
+    /// An eventfd signalled when completions of element queues are waiting.
+    pub completion_event: Option<OwnedFd>,
+}
+
+/// A queue's place in guest memory, and the descriptors of its two directions.
+#[derive(Debug)]
+pub struct RingConfig {
+    /// The descriptor table's guest address.
+    pub desc: Gpa,
+    /// The available ring's.
+    pub avail: Gpa,
+    /// The used ring's.
+    pub used: Gpa,
+    /// The eventfd that the guest's kicks arrive on.
+    pub kick: OwnedFd,
+    /// The eventfd (or pipe) to signal for an interrupt; `None` for a guest that polls.
+    pub call: Option<OwnedFd>,
+    /// Where to go on: zero for a new ring, else what [`Device::stop_queue`] returned.
+    pub position: QueuePosition,
+}
+
+/// One queue to start.
+#[derive(Debug)]
+pub struct QueueConfig {
+    /// Its number of descriptors: a power of two up to 32768. Not used for element queues.
+    pub size: u16,
+    /// Its rings, or `None` for a queue whose elements the VMM pops itself.
+    pub ring: Option<RingConfig>,
+}
+
+/// How far a ring has been served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueuePosition {
+    /// The next entry of the available ring.
+    pub next_avail: u16,
+    /// The next entry of the used ring.
+    pub next_used: u16,
+}
+
+/// Where a device stands in its life cycle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum DeviceState {
+    /// New or reset: features, memory and queues may be set.
+    Configuring = 0,
+    /// Serving its queues.
+    Active = 1,
+    /// Set up, but nothing is served until it is resumed.
+    Paused = 2,
+    /// A ring broke; nothing is served until the guest resets the device.
+    NeedsReset = 3,
+}
+
+/// A virtio balloon device (device ID 5).
+///
+/// All methods may be called from any thread. Those that say so wait until nothing is in flight,
+/// which takes at most a batch (milliseconds). Dropping the device drains it too.
+#[derive(Debug)]
+pub struct Device {
+    shared: Arc<Shared>,
+    runtime: Arc<Runtime>,
+}
+
+impl Device {
+    /// Every feature bit that this version can offer.
+    pub const SUPPORTED_FEATURES: u64 = Features::all().bits();
+    /// What is offered if the configuration leaves the choice.
+    pub const DEFAULT_FEATURES: u64 = Features::DEFAULT.bits();
+    /// The length of the configuration space in bytes.
+    pub const CONFIG_BYTES: usize = crate::protocol::virtio_balloon::CONFIG_BYTES;
+    /// The number of queues of the fixed numbering.
+    pub const MAX_QUEUES: u16 = crate::protocol::virtio_balloon::QUEUES;
+
+    /// Makes a device that is served by `runtime`.
+    ///
+    /// # Errors
+    /// Refuses features that cannot be offered and descriptors that are no eventfds.
+    pub fn new(runtime: &Arc<Runtime>, config: DeviceConfig) -> Result<Self> {
+        let unsupported = config.features & !Self::SUPPORTED_FEATURES;
+        if unsupported != 0 {
+            return Err(Error::Features {
+                unsupported,
+                offered: Self::SUPPORTED_FEATURES,
+            });
+        }
+        let offered = match config.features {
+            0 => Features::DEFAULT,
+            chosen => Features::from_bits_retain(chosen),
+        };
+        let event = |what, fd: Option<OwnedFd>| fd.map(|fd| EventFd::new(what, fd)).transpose();
+        let config_event = event("config_event", config.config_event)?;
+        let completion_event = event("completion_event", config.completion_event)?.map(Arc::new);
+        let shared = Shared::new(runtime, offered, config_event, completion_event);
+        Ok(Self {
+            shared,
+            runtime: Arc::clone(runtime),
+        })
+    }
+
+    /// The features that the guest may select from.
+    #[must_use]
+    pub fn offered_features(&self) -> u64 {
+        self.shared.offered.bits()
+    }
+
+    /// The features that were selected; 0 before [`Self::set_features`].
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.shared.features.load(Ordering::Acquire)
+    }
+
+    /// Takes the driver's selection (FEATURES_OK), before queues are started.
+    ///
+    /// # Errors
+    /// Refuses features that were not offered, and changes after the first queue was started.
+    pub fn set_features(&self, features: u64) -> Result<()> {
+        let offered = self.shared.offered.bits();
+        let unsupported = features & !offered;
+        if unsupported != 0 {
+            return Err(Error::Features {
+                unsupported,
+                offered,
+            });
+        }
+        let mut service = self.shared.service.lock();
+        if service.state != DeviceState::Configuring || service.started() != 0 {
+            return Err(Error::AlreadyStarted("the device"));
+        }
+        service.features = Some(Features::from_bits_retain(features));
+        self.shared.show(&service);
+        Ok(())
+    }
+
+    /// Gives or replaces the memory table; allowed in every state. Waits until nothing is in flight
+    /// and no use of the old table is left. Running rings have to lie in the new table too. Balloon
+    /// pages of regions that went away are forgotten.
+    ///
+    /// # Errors
+    /// Refuses a table that does not hold a running queue's rings; the old table stays then.
+    pub fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<()> {
+        let mut service = self.shared.service.lock();
+        let rings = service.moved_rings(&memory)?;
+        service.replace_rings(rings);
+        self.shared.find_home(&memory);
+        let inhibited = service.inhibits > 0;
+        match &mut service.balloon {
+            Some(balloon) => balloon.set_memory(memory, &self.shared.books),
+            none => {
+                let mut balloon = Balloon::new(memory, self.runtime.discarder());
+                balloon.set_inhibited(inhibited);
+                *none = Some(balloon);
+            }
+        }
+        self.shared.show(&service);
+        Ok(())
+    }
+
+    /// Starts a queue: before activation, or while active or paused (vhost-user adds queues one by
+    /// one).
+    ///
+    /// # Errors
+    /// Needs features and a memory table; refuses rings outside memory, misaligned ones, descriptors
+    /// of the wrong kind, and queues that are started already.
+    pub fn start_queue(&self, index: u16, queue: QueueConfig) -> Result<()> {
+        let mut service = self.shared.service.lock();
+        self.shared
+            .start_queue(self.runtime.pool(), &mut service, index, queue)?;
+        if service.state == DeviceState::Active {
+            self.shared.schedule(1 << index);
+        }
+        Ok(())
+    }
+
+    /// Stops a queue after draining it and says how far it was served. A held stats buffer goes back
+    /// into its ring. The features stay.
+    ///
+    /// # Errors
+    /// The queue is not started.
+    pub fn stop_queue(&self, index: u16) -> Result<QueuePosition> {
+        self.shared
+            .stop_queue(&mut self.shared.service.lock(), index)
+    }
+
+    /// Replaces a started ring's call eventfd (vhost-user does so under way).
+    ///
+    /// # Errors
+    /// The queue is not started, is no ring, or the descriptor is of the wrong kind.
+    pub fn set_queue_call(&self, index: u16, call: Option<OwnedFd>) -> Result<()> {
+        let call = call.map(|fd| EventFd::new("call", fd)).transpose()?;
+        self.shared.service.lock().set_call(index, call)
+    }
+
+    /// DRIVER_OK: begins to serve, and looks at every queue once, kicked or not (S2).
+    ///
+    /// # Errors
+    /// Needs features and memory; refuses to activate twice.
+    pub fn activate(&self) -> Result<()> {
+        let mut service = self.shared.service.lock();
+        match service.state {
+            DeviceState::Configuring => {}
+            DeviceState::Active => return Err(Error::AlreadyStarted("the device")),
+            DeviceState::Paused => return Err(Error::Paused),
+            DeviceState::NeedsReset => return Err(Error::NotReady("reset the device")),
+        }
+        service.ready()?;
+        self.shared.set_state(&mut service, DeviceState::Active);
+        self.shared.schedule(service.started());
+        Ok(())
+    }
+
+    /// Stops serving; returns when nothing is in flight and all submitted elements are completed.
+    /// Pausing twice is allowed.
+    ///
+    /// # Errors
+    /// The device was not activated.
+    pub fn pause(&self) -> Result<()> {
+        let mut service = self.shared.service.lock();
+        match service.state {
+            DeviceState::Configuring => Err(Error::NotReady("activate the device")),
+            DeviceState::NeedsReset => Err(Error::NotReady("reset the device")),
+            DeviceState::Paused => Ok(()),
+            DeviceState::Active => {
+                self.shared.finish_elements(&mut service);
+                self.shared.set_state(&mut service, DeviceState::Paused);
+                Ok(())
+            }
+        }
+    }
+
+    /// Serves again after [`Self::pause`].
+    ///
+    /// # Errors
+    /// The device is not paused.
+    pub fn resume(&self) -> Result<()> {
+        let mut service = self.shared.service.lock();
+        if service.state != DeviceState::Paused {
+            return Err(Error::Unbalanced("resume"));
+        }
+        self.shared.set_state(&mut service, DeviceState::Active);
+        self.shared.schedule(service.started());
+        Ok(())
+    }
+
+    /// Back to configuring: the queues are gone, the balloon is empty, memory and target stay. Waits
+    /// until nothing is in flight; elements that were not served complete with `served == false`.
+    pub fn reset(&self) {
+        self.shared.reset(&mut self.shared.service.lock());
+    }
+
+    /// Where the device stands.
+    #[must_use]
+    pub fn state(&self) -> DeviceState {
+        self.shared.state()
+    }
+
+    /// From its return on nothing is discarded until [`Self::uninhibit`]; calls nest. Waits until
+    /// nothing is in flight. Guests are still acknowledged, and what is skipped is counted.
+    pub fn inhibit(&self) {
+        self.shared.service.lock().change_inhibits(1);
+    }
+
+    /// Takes back one [`Self::inhibit`].
+    ///
+    /// # Errors
+    /// Nothing is inhibited.
+    pub fn uninhibit(&self) -> Result<()> {
+        let mut service = self.shared.service.lock();
+        if service.inhibits == 0 {
+            return Err(Error::Unbalanced("uninhibit"));
+        }
+        service.change_inhibits(-1);
+        Ok(())
+    }
+
+    /// Reads the configuration space; what lies behind its end reads as zero. Never waits.
+    pub fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.shared.config.read(offset, data);
+    }
+
+    /// A driver's write to the configuration space. Fields that are not the driver's keep their
+    /// value, which is counted. Never waits. Returns true if `actual` changed.
+    pub fn write_config(&self, offset: u64, data: &[u8]) -> bool {
+        let features = Features::from_bits_retain(self.features());
+        let active = self.state() != DeviceState::Configuring;
+        let written = self.shared.config.write(offset, data, features, active);
+        if written.refused {
+            self.shared
+                .books
+                .enter(|entry| bump(&mut entry.device().config_errors, 1));
+        }
+        written.actual_changed
+    }
+
+    /// Sets how many bytes the balloon should hold (rounded down to 4 KiB) and signals
+    /// `config_event`, also when the target is unchanged (S11). Returns the target as set.
+    ///
+    /// # Errors
+    /// Refuses more than the guest's memory, or than the protocol can say (16 TiB).
+    pub fn set_target_bytes(&self, bytes: u64) -> Result<u64> {
+        let memory = self.memory_bytes();
+        let invalid = |expected| Error::Invalid {
+            what: "target_bytes",
+            value: bytes,
+            expected,
+        };
+        if memory > 0 && bytes > memory {
+            return Err(invalid("at most the guest's memory"));
+        }
+        let pages =
+            u32::try_from(bytes >> BALLOON_PAGE_SHIFT).map_err(|_| invalid("less than 16 TiB"))?;
+        self.shared.config.set_num_pages(pages);
+        if let Some(event) = &self.shared.config_event {
+            event.signal();
+        }
+        Ok(u64::from(pages) << BALLOON_PAGE_SHIFT)
+    }
+
+    /// How many bytes the balloon should hold.
+    #[must_use]
+    pub fn target_bytes(&self) -> u64 {
+        u64::from(self.shared.config.num_pages()) << BALLOON_PAGE_SHIFT
+    }
+
+    /// How many bytes the driver says the balloon holds (its `actual` field).
+    #[must_use]
+    pub fn actual_bytes(&self) -> u64 {
+        u64::from(self.shared.config.actual()) << BALLOON_PAGE_SHIFT
+    }
+
+    /// How many bytes the device holds by its own ownership bitmap.
+    #[must_use]
+    pub fn ballooned_bytes(&self) -> u64 {
+        self.shared.ballooned_bytes.load(Ordering::Acquire)
+    }
+
+    /// The sum of the memory table's regions; 0 without a table.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        self.shared.memory_bytes.load(Ordering::Acquire)
+    }
+
+    /// What the guest last said of its memory. With a `timeout` of more than zero it is asked for
+    /// news first, and the call waits that long for the answer.
+    ///
+    /// # Errors
+    /// Asking needs an active device with STATS_VQ, and a guest that answers in time.
+    pub fn guest_stats(&self, timeout: Duration) -> Result<GuestStats> {
+        let stats: &StatsBoard = &self.shared.stats;
+        if timeout.is_zero() {
+            return Ok(stats.latest());
+        }
+        match self.state() {
+            DeviceState::Configuring => return Err(Error::NotReady("activate the device")),
+            DeviceState::NeedsReset => return Err(Error::NotReady("reset the device")),
+            DeviceState::Paused => return Err(Error::Paused),
+            DeviceState::Active => {}
+        }
+        if !Features::from_bits_retain(self.features()).contains(Features::STATS_VQ) {
+            return Err(Error::NotSupported("STATS_VQ"));
+        }
+        let before = stats.latest().sequence;
+        self.shared.schedule(Shared::STATS_REQUEST);
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        stats
+            .wait_behind(before, timeout)
+            .ok_or(Error::TimedOut { timeout_ms })
+    }
+
+    /// The device's books, as of one instant.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.shared.books.total()
+    }
+
+    /// One host node's share of the books; `None` is memory whose node is not known, and what
+    /// belongs to no node (chains, calls, errors).
+    ///
+    /// # Errors
+    /// There is no such node.
+    pub fn node_counters(&self, node: Option<NodeId>) -> Result<Counters> {
+        let missing = Error::NoNode {
+            node: node.map_or(0, |id| id.0),
+            count: self.runtime.nodes(),
+        };
+        self.shared.books.node(node).ok_or(missing)
+    }
+
+    /// Hands over elements that the VMM popped. Never waits. Elements of queues that are not started
+    /// as element queues complete as not served.
+    ///
+    /// # Errors
+    /// [`Error::Full`] when too many wait, and none of `elements` was taken then; the device has to
+    /// be active.
+    pub fn submit(&self, elements: Vec<Element>) -> Result<()> {
+        match self.state() {
+            DeviceState::Active => self.shared.submit(elements),
+            DeviceState::Paused => Err(Error::Paused),
+            DeviceState::Configuring => Err(Error::NotReady("activate the device")),
+            DeviceState::NeedsReset => Err(Error::NotReady("reset the device")),
+        }
+    }
+
+    /// Collects up to `max` completions, in the order in which they were finished.
+    pub fn completions(&self, max: usize, into: &mut Vec<Completion>) {
+        self.shared.completions(max, into);
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
+/// What a service is shown as to those who must not wait for it.
+impl Shared {
+    fn set_state(&self, service: &mut Service, state: DeviceState) {
+        service.state = state;
+        self.show(service);
+    }
+
+    /// Makes a worker look at `queues` (a bit each).
+    fn schedule(self: &Arc<Self>, queues: u32) {
+        if self.wake(queues) {
+            self.pool.submit(
+                self.home.load(Ordering::Relaxed),
+                Arc::clone(self) as Arc<dyn Servable>,
+            );
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Ranges of guest pages become free host memory.
+//!
+//! [`plan`] sorts pieces into one batch a primitive and file (pure), `primitive` makes the system
+//! calls, [`probe`] found out at start which of them this host has, and [`Discarder`] here spreads
+//! large batches over the worker pool.
+
+pub mod plan;
+mod primitive;
+pub mod probe;
+
+use crate::memory::GuestMemory;
+use crate::runtime::Pool;
+use plan::{Batch, HostRange, Piece, Plan};
+use probe::Capabilities;
+use std::sync::Arc;
+
+/// The least work that pays a hand-over to another thread, measured on anonymous memory.
+const MIN_TASK_BYTES: u64 = 2 << 20;
+
+/// What became of a plan.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// The ranges whose memory could not be freed.
+    pub failed: Vec<HostRange>,
+    /// System calls made.
+    pub calls: u64,
+    /// Ranges handed to them.
+    pub ranges: u64,
+    /// Time in them, summed over threads.
+    pub nanoseconds: u64,
+}
+
+impl Outcome {
+    fn absorb(&mut self, other: Self) {
+        self.failed.extend(other.failed);
+        self.calls += other.calls;
+        self.ranges += other.ranges;
+        self.nanoseconds += other.nanoseconds;
+    }
+}
+
+/// Executes plans, alone or with the help of the pool.
+#[derive(Clone, Debug)]
+pub struct Discarder {
+    capabilities: Arc<Capabilities>,
+    pool: Option<Arc<Pool>>,
+}
+
+impl Discarder {
+    /// A discarder that works in the calling thread only.
+    #[must_use]
+    pub fn inline(capabilities: Arc<Capabilities>) -> Self {
+        Self {
+            capabilities,
+            pool: None,
+        }
+    }
+
+    /// A discarder that hands large pieces of work to `pool`.
+    pub(crate) fn pooled(capabilities: Arc<Capabilities>, pool: Arc<Pool>) -> Self {
+        Self {
+            capabilities,
+            pool: Some(pool),
+        }
+    }
+
+    /// Discards `pieces`, which have to be sorted, disjoint and inside their regions.
+    ///
+    /// Every piece's memory is free when this returns, but for [`Outcome::failed`].
+    pub fn discard(&self, memory: &Arc<GuestMemory>, pieces: &[Piece]) -> Outcome {
+        let plan = Plan::new(memory, pieces, &self.capabilities);
+        let mut tasks = Vec::new();
+        for batch in plan.batches {
+            // Punching holes holds the inode's lock exclusively: one worker per file.
+            let parts = match &self.pool {
+                Some(pool) if batch.primitive.scales() => {
+                    (batch.bytes() / MIN_TASK_BYTES).clamp(1, u64::from(pool.workers()))
+                }
+                _ => 1,
+            };
+            batch.split(parts, &mut tasks);
+        }
+        let mut outcome = Outcome::default();
+        match &self.pool {
+            Some(pool) if tasks.len() > 1 => {
+                let jobs = tasks.into_iter().map(|batch| {
+                    let (memory, capabilities) =
+                        (Arc::clone(memory), Arc::clone(&self.capabilities));
+                    let node = batch.node;
+                    (node, move || run(&memory, &capabilities, &batch))
+                });
+                for result in pool.scatter(jobs) {
+                    outcome.absorb(result);
+                }
+            }
+            _ => {
+                for batch in &tasks {
+                    outcome.absorb(run(memory, &self.capabilities, batch));
+                }
+            }
+        }
+        outcome
+    }
+}
+
+/// Runs one batch in this thread.
+fn run(memory: &GuestMemory, capabilities: &Capabilities, batch: &Batch) -> Outcome {
+    let start = std::time::Instant::now();
+    let mut outcome = primitive::discard(memory, capabilities, batch);
+    outcome.nanoseconds = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    outcome
+}

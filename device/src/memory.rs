@@ -1,0 +1,653 @@
+//! Guest memory as the VMM describes it, and every access to it.
+//!
+//! A [`GuestMemory`] is an immutable table of regions; a changed table is a new one that is handed
+//! to the device, which drains before it lets the old one go. All reads and writes of guest memory
+//! in this crate go through [`HostSlice`] and [`HostArea`], which check bounds and use atomic or
+//! volatile accesses: the guest may change every byte at any moment (invariant I3).
+#![allow(unsafe_code, reason = "this is the module that touches guest memory")]
+
+use crate::error::{Error, Result};
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+
+/// The unit of a PFN in the virtio balloon, whatever the page size of guest or host (S12).
+pub const BALLOON_PAGE_BYTES: u64 = 4096;
+/// log2 of [`BALLOON_PAGE_BYTES`].
+pub const BALLOON_PAGE_SHIFT: u32 = 12;
+
+/// A guest physical address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Gpa(pub u64);
+
+/// A guest page frame number in units of 4 KiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Pfn(pub u64);
+
+impl Pfn {
+    /// The frame that holds `gpa`.
+    #[must_use]
+    pub fn containing(gpa: Gpa) -> Self {
+        Self(gpa.0 >> BALLOON_PAGE_SHIFT)
+    }
+}
+
+/// A host NUMA node, as the operating system numbers it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId(pub u32);
+
+/// A run of guest pages: `start` and the `end` behind its last page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PfnRange {
+    /// The first page.
+    pub start: Pfn,
+    /// The page behind the last one.
+    pub end: Pfn,
+}
+
+impl PfnRange {
+    /// The range of `pages` pages from `start` on.
+    #[must_use]
+    pub fn new(start: Pfn, pages: u64) -> Self {
+        Self {
+            start,
+            end: Pfn(start.0 + pages),
+        }
+    }
+
+    /// How many 4 KiB pages it holds.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.end.0 - self.start.0
+    }
+
+    /// What it has in common with `other`; empty if that is nothing.
+    #[must_use]
+    pub fn intersection(&self, other: Self) -> Self {
+        let start = self.start.max(other.start);
+        Self {
+            start,
+            end: self.end.min(other.end).max(start),
+        }
+    }
+
+    /// How many bytes it holds.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.pages() << BALLOON_PAGE_SHIFT
+    }
+}
+
+/// One contiguous piece of guest memory and what backs it on the host.
+#[derive(Clone, Debug)]
+pub struct Region {
+    /// Where the guest sees it; a multiple of `page_size_bytes`.
+    pub gpa: Gpa,
+    /// Its length; a multiple of `page_size_bytes`.
+    pub len_bytes: u64,
+    /// Where this process has it mapped, as an address; a multiple of `page_size_bytes`.
+    pub hva: usize,
+    /// The file behind the mapping; `None` for anonymous memory.
+    pub fd: Option<Arc<OwnedFd>>,
+    /// Where in the file the region starts; a multiple of `page_size_bytes`.
+    pub fd_offset_bytes: u64,
+    /// The size of the host's pages behind it: 4096, or that of the huge pages of a hugetlb region.
+    pub page_size_bytes: u64,
+    /// Mapped shared (`MAP_SHARED`), so that discarding has to reach the file.
+    pub shared: bool,
+    /// Cannot be ballooned: firmware, ROM.
+    pub readonly: bool,
+    /// Cannot be discarded for the time being: device assignment has pinned its pages.
+    pub pinned: bool,
+    /// The host node that backs it, where the VMM knows.
+    pub node: Option<NodeId>,
+}
+
+impl Region {
+    /// The region's pages. Regions are page aligned, so nothing is cut off.
+    #[must_use]
+    pub fn pfns(&self) -> PfnRange {
+        PfnRange::new(
+            Pfn::containing(self.gpa),
+            self.len_bytes >> BALLOON_PAGE_SHIFT,
+        )
+    }
+
+    /// The address behind the region's last byte.
+    fn end(&self) -> u64 {
+        self.gpa.0 + self.len_bytes
+    }
+
+    /// Pages of 4 KiB in one page of the host.
+    #[must_use]
+    pub fn pages_per_frame(&self) -> u64 {
+        self.page_size_bytes >> BALLOON_PAGE_SHIFT
+    }
+
+    fn check(&self) -> Result<()> {
+        let align = self.page_size_bytes;
+        if !align.is_power_of_two() || !(BALLOON_PAGE_BYTES..=1 << 34).contains(&align) {
+            return Err(Error::Invalid {
+                what: "page_size_bytes",
+                value: align,
+                expected: "a power of two from 4096 to 16 GiB",
+            });
+        }
+        if self.len_bytes == 0 {
+            return Err(Error::Invalid {
+                what: "len_bytes",
+                value: 0,
+                expected: "at least a page",
+            });
+        }
+        for (what, value) in [
+            ("gpa", self.gpa.0),
+            ("len_bytes", self.len_bytes),
+            ("hva", self.hva as u64),
+            ("fd_offset_bytes", self.fd_offset_bytes),
+        ] {
+            if value % align != 0 {
+                return Err(Error::Unaligned { what, value, align });
+            }
+        }
+        if self.hva == 0 {
+            return Err(Error::Invalid {
+                what: "hva",
+                value: 0,
+                expected: "a mapped address",
+            });
+        }
+        let ends = [self.gpa.0, self.hva as u64, self.fd_offset_bytes].map(|start| {
+            start
+                .checked_add(self.len_bytes)
+                .filter(|end| *end <= i64::MAX as u64)
+        });
+        if ends.contains(&None) {
+            return Err(Error::OutOfRange {
+                what: "region",
+                address: self.gpa.0,
+                len: self.len_bytes,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// The table of a guest's memory regions, sorted by guest address.
+#[derive(Debug)]
+pub struct GuestMemory {
+    regions: Vec<Region>,
+    /// The file behind each region: descriptors differ where files do not.
+    files: Vec<Option<FileId>>,
+}
+
+/// A file's identity on this host: device and inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// Identifies the file behind `fd` and checks that holes can be punched into it.
+    fn of(fd: &OwnedFd) -> Result<Self> {
+        let raw = fd.as_raw_fd();
+        // SAFETY: fcntl(F_GETFL) takes no pointer.
+        let flags = unsafe { libc::fcntl(raw, libc::F_GETFL) };
+        if flags < 0 || flags & libc::O_ACCMODE == libc::O_RDONLY {
+            return Err(Error::BadFd {
+                what: "region",
+                fd: raw,
+                expected: "open for writing",
+            });
+        }
+        let mut stat = std::mem::MaybeUninit::<libc::stat64>::zeroed();
+        // SAFETY: the buffer is large enough for a stat64, which the call fills.
+        if unsafe { libc::fstat64(raw, stat.as_mut_ptr()) } != 0 {
+            return Err(Error::last_os("cannot look at a region's file"));
+        }
+        // SAFETY: zeroed memory is a valid stat64, and the call filled it.
+        let stat = unsafe { stat.assume_init() };
+        Ok(Self {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        })
+    }
+}
+
+/// The size of this host's base pages: nothing smaller can be freed.
+fn host_page_bytes() -> u64 {
+    // SAFETY: sysconf takes an integer and has no side effects.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(bytes).unwrap_or(BALLOON_PAGE_BYTES)
+}
+
+/// The most regions a table may have. Far above what VMMs use, far below what would hurt.
+pub const MAX_REGIONS: usize = 4096;
+
+impl GuestMemory {
+    /// Checks the regions and makes a table of them.
+    ///
+    /// # Errors
+    /// Refuses misaligned, empty, overflowing and overlapping regions.
+    ///
+    /// # Safety
+    /// Each region has to be mapped at `hva` for `len_bytes`, readable and (unless `readonly`)
+    /// writable, until the last reference to the table is gone, and nothing else in this process may
+    /// be mapped there: its contents may be discarded. Rust references into it must not exist.
+    pub unsafe fn new(mut regions: Vec<Region>) -> Result<Arc<Self>> {
+        if regions.is_empty() || regions.len() > MAX_REGIONS {
+            return Err(Error::Invalid {
+                what: "number of regions",
+                value: regions.len() as u64,
+                expected: "1 to 4096",
+            });
+        }
+        let host_page = host_page_bytes();
+        for region in &mut regions {
+            if region.page_size_bytes.is_power_of_two() {
+                region.page_size_bytes = region.page_size_bytes.max(host_page);
+            }
+            region.check()?;
+        }
+        regions.sort_by_key(|region| region.gpa);
+        for (lower, upper) in regions.iter().zip(regions.iter().skip(1)) {
+            if lower.end() > upper.gpa.0 {
+                return Err(Error::Overlap {
+                    first: lower.gpa.0,
+                    second: upper.gpa.0,
+                });
+            }
+        }
+        let file = |region: &Region| region.fd.as_ref().map(|fd| FileId::of(fd)).transpose();
+        let files = regions.iter().map(file).collect::<Result<_>>()?;
+        Ok(Arc::new(Self { regions, files }))
+    }
+
+    /// The regions in ascending order of guest address.
+    #[must_use]
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// The file behind the region at `index`, if it has one.
+    #[must_use]
+    pub fn file_id(&self, index: usize) -> Option<FileId> {
+        self.files.get(index).copied().flatten()
+    }
+
+    /// The sum of all regions' lengths.
+    #[must_use]
+    pub fn total_bytes(&self) -> u64 {
+        self.regions.iter().map(|region| region.len_bytes).sum()
+    }
+
+    /// The region that holds `gpa`, and its position in [`Self::regions`].
+    #[must_use]
+    pub fn find(&self, gpa: Gpa) -> Option<(usize, &Region)> {
+        let index = self
+            .regions
+            .partition_point(|region| region.gpa <= gpa)
+            .checked_sub(1)?;
+        let region = self.regions.get(index)?;
+        (gpa.0 < region.end()).then_some((index, region))
+    }
+
+    /// The piece of `[gpa, gpa + len)` that lies in the region of `gpa`; shorter than `len` where
+    /// the region ends. `None` if `gpa` is in no region.
+    #[must_use]
+    pub fn slice_prefix(&self, gpa: Gpa, len: u64) -> Option<HostSlice<'_>> {
+        let (_, region) = self.find(gpa)?;
+        let offset = gpa.0 - region.gpa.0;
+        let len = len.min(region.len_bytes - offset);
+        let len = usize::try_from(len).ok()?;
+        // A region's offsets fit in usize: its end was checked against the address space.
+        let address = region.hva + usize::try_from(offset).ok()?;
+        // SAFETY: [address, address + len) lies inside a region, which `new`'s caller keeps mapped
+        // as long as the table lives; the returned slice borrows the table.
+        Some(unsafe { HostSlice::new(address as *mut u8, len) })
+    }
+
+    /// The guest address of a host address inside a region, and how many bytes follow it there.
+    #[must_use]
+    pub fn guest_address_of(&self, hva: usize) -> Option<(Gpa, u64)> {
+        // Tables are short and this serves only VMMs that hand over host addresses.
+        self.regions.iter().find_map(|region| {
+            let offset = (hva as u64).checked_sub(region.hva as u64)?;
+            (offset < region.len_bytes)
+                .then(|| (Gpa(region.gpa.0 + offset), region.len_bytes - offset))
+        })
+    }
+}
+
+/// A piece of host memory that the guest, or the VMM, may change at any time.
+#[derive(Clone, Copy, Debug)]
+pub struct HostSlice<'a> {
+    ptr: *mut u8,
+    len: usize,
+    lifetime: PhantomData<&'a GuestMemory>,
+}
+
+impl HostSlice<'_> {
+    /// Wraps raw memory.
+    ///
+    /// # Safety
+    /// `[ptr, ptr + len)` has to stay mapped for the lifetime `'a`, and writable if [`Self::write`]
+    /// is going to be called; no Rust reference may cover any of it.
+    #[must_use]
+    pub unsafe fn new(ptr: *mut u8, len: usize) -> Self {
+        Self {
+            ptr,
+            len,
+            lifetime: PhantomData,
+        }
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it is empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Its address.
+    #[must_use]
+    pub fn address(&self) -> usize {
+        self.ptr as usize
+    }
+
+    /// Copies from `offset` on into `buffer`; returns how many bytes there were to copy.
+    ///
+    /// Each byte is fetched exactly once, so what is validated afterwards is what was read.
+    pub fn read(&self, offset: usize, buffer: &mut [u8]) -> usize {
+        let count = buffer.len().min(self.len.saturating_sub(offset));
+        let (mut done, address) = (0, (self.ptr as usize).wrapping_add(offset));
+        while done < count && (address + done) % 8 != 0 {
+            buffer[done] = self.byte(offset + done).load(Ordering::Relaxed);
+            done += 1;
+        }
+        while done + 8 <= count {
+            // SAFETY: offset + done + 8 <= len, the address was just aligned to 8, and the memory is
+            // mapped as `new` requires; an atomic load is defined even while others write.
+            let word = unsafe { AtomicU64::from_ptr(self.ptr.add(offset + done).cast()) };
+            buffer[done..done + 8].copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
+            done += 8;
+        }
+        while done < count {
+            buffer[done] = self.byte(offset + done).load(Ordering::Relaxed);
+            done += 1;
+        }
+        count
+    }
+
+    /// Copies `bytes` to `offset`; returns how many fitted.
+    pub fn write(&self, offset: usize, bytes: &[u8]) -> usize {
+        let count = bytes.len().min(self.len.saturating_sub(offset));
+        for (index, byte) in bytes.iter().take(count).enumerate() {
+            self.byte(offset + index).store(*byte, Ordering::Relaxed);
+        }
+        count
+    }
+
+    /// The byte at `offset`, which callers have checked to be below `len`.
+    fn byte(&self, offset: usize) -> &AtomicU8 {
+        assert!(offset < self.len, "offset checked by the caller");
+        // SAFETY: offset < len, and the memory is mapped as `new` requires; an AtomicU8 has no
+        // alignment to keep.
+        unsafe { AtomicU8::from_ptr(self.ptr.add(offset)) }
+    }
+}
+
+/// A piece of memory that the VMM hands over with an element.
+#[derive(Clone, Copy, Debug)]
+pub struct IoVec {
+    address: usize,
+    len: usize,
+}
+
+impl IoVec {
+    /// Describes `len` bytes at `address`.
+    ///
+    /// # Safety
+    /// The memory stays mapped, and writable if it is passed as such, until the element's completion
+    /// has been collected or [`crate::Device::reset`] has returned.
+    #[must_use]
+    pub unsafe fn new(address: usize, len: usize) -> Self {
+        Self { address, len }
+    }
+
+    /// The host address.
+    #[must_use]
+    pub fn address(&self) -> usize {
+        self.address
+    }
+
+    /// The length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it is empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The memory itself, for use while the element is being served.
+    pub(crate) fn slice(&self) -> HostSlice<'_> {
+        // SAFETY: `new`'s caller keeps it mapped until the element is completed, and only elements
+        // that are being served are read.
+        unsafe { HostSlice::new(self.address as *mut u8, self.len) }
+    }
+}
+
+/// Guest memory that a queue keeps for as long as it runs: one contiguous area, with its table.
+#[derive(Debug)]
+pub(crate) struct HostArea {
+    ptr: *mut u8,
+    len: usize,
+    /// Keeps the mapping's promise alive; see [`GuestMemory::new`].
+    _memory: Arc<GuestMemory>,
+}
+
+// SAFETY: the area is plain memory that outlives the struct (it holds the table), and every access
+// is atomic; which thread makes it does not matter.
+unsafe impl Send for HostArea {}
+
+impl HostArea {
+    /// The area `[gpa, gpa + len)`, which has to lie in one region and be aligned.
+    pub(crate) fn new(
+        memory: &Arc<GuestMemory>,
+        what: &'static str,
+        gpa: Gpa,
+        len: usize,
+        align: u64,
+    ) -> Result<Self> {
+        if !gpa.0.is_multiple_of(align) {
+            return Err(Error::Unaligned {
+                what,
+                value: gpa.0,
+                align,
+            });
+        }
+        let outside = Error::OutOfRange {
+            what,
+            address: gpa.0,
+            len: len as u64,
+        };
+        let Some(slice) = memory
+            .slice_prefix(gpa, len as u64)
+            .filter(|slice| slice.len() == len)
+        else {
+            return Err(outside);
+        };
+        Ok(Self {
+            ptr: slice.ptr,
+            len,
+            _memory: Arc::clone(memory),
+        })
+    }
+
+    fn at<T>(&self, offset: usize) -> *mut T {
+        let size = size_of::<T>();
+        assert!(
+            offset.is_multiple_of(size) && offset + size <= self.len,
+            "offset derived from ring size"
+        );
+        self.ptr.wrapping_add(offset).cast()
+    }
+
+    /// Loads the little-endian value at `offset`, then orders all later reads behind it.
+    pub(crate) fn load_u16_acquire(&self, offset: usize) -> u16 {
+        // SAFETY: `at` checked bounds and the offset's alignment; areas start aligned to at least 2
+        // (`new`) and stay mapped.
+        let value = unsafe { AtomicU16::from_ptr(self.at(offset)) };
+        u16::from_le(value.load(Ordering::Acquire))
+    }
+
+    /// Loads the little-endian value at `offset`.
+    pub(crate) fn load_u16(&self, offset: usize) -> u16 {
+        // SAFETY: as in `load_u16_acquire`.
+        let value = unsafe { AtomicU16::from_ptr(self.at(offset)) };
+        u16::from_le(value.load(Ordering::Relaxed))
+    }
+
+    /// Stores the little-endian value at `offset` after all earlier writes.
+    pub(crate) fn store_u16_release(&self, offset: usize, value: u16) {
+        // SAFETY: as in `load_u16_acquire`.
+        let place = unsafe { AtomicU16::from_ptr(self.at(offset)) };
+        place.store(value.to_le(), Ordering::Release);
+    }
+
+    /// Stores the little-endian value at `offset`. The area has to be aligned to 4.
+    pub(crate) fn store_u32(&self, offset: usize, value: u32) {
+        // SAFETY: as in `load_u16_acquire`, for used rings, which `new` aligned to 4.
+        let place = unsafe { AtomicU32::from_ptr(self.at(offset)) };
+        place.store(value.to_le(), Ordering::Relaxed);
+    }
+
+    /// The whole area, for copies.
+    pub(crate) fn slice(&self) -> HostSlice<'_> {
+        // SAFETY: the area stays mapped while `self` holds the table.
+        unsafe { HostSlice::new(self.ptr, self.len) }
+    }
+}
+
+/// Orders all earlier accesses to guest memory before all later ones, stores before loads too.
+pub(crate) fn full_barrier() {
+    fence(Ordering::SeqCst);
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A table over ordinary heap memory, for tests that only read and write.
+    pub(crate) fn heap_memory(layout: &[(u64, u64)]) -> Arc<GuestMemory> {
+        let regions = layout
+            .iter()
+            .map(|&(gpa, len_bytes)| {
+                // Guest memory outlives every test that uses it: the tables are tiny.
+                let pages = vec![0u8; len_bytes as usize + 4096].leak();
+                let hva = (pages.as_mut_ptr() as usize).next_multiple_of(4096);
+                Region {
+                    gpa: Gpa(gpa),
+                    len_bytes,
+                    hva,
+                    ..anonymous_region()
+                }
+            })
+            .collect();
+        // SAFETY: the memory is leaked and nothing refers to it any more.
+        unsafe { GuestMemory::new(regions) }.unwrap()
+    }
+
+    /// A region whose addresses are still to be filled in.
+    pub(crate) fn anonymous_region() -> Region {
+        Region {
+            gpa: Gpa(0),
+            len_bytes: 4096,
+            hva: 4096,
+            fd: None,
+            fd_offset_bytes: 0,
+            page_size_bytes: 4096,
+            shared: false,
+            readonly: false,
+            pinned: false,
+            node: None,
+        }
+    }
+
+    fn refused(regions: Vec<Region>) -> i32 {
+        // SAFETY: the table is refused, or never read.
+        unsafe { GuestMemory::new(regions) }.unwrap_err().errno()
+    }
+
+    #[test]
+    fn bad_tables_are_refused_with_distinct_errors() {
+        let good = anonymous_region();
+        let page = |gpa| Region {
+            gpa: Gpa(gpa),
+            ..good.clone()
+        };
+        assert_eq!(refused(vec![]), libc::EINVAL);
+        assert_eq!(refused(vec![page(0), page(0)]), libc::EEXIST);
+        assert_eq!(refused(vec![page(1)]), libc::EADDRNOTAVAIL);
+        assert_eq!(refused(vec![page(u64::MAX - 4095)]), libc::ERANGE);
+        assert_eq!(
+            refused(vec![Region {
+                len_bytes: 0,
+                ..page(0)
+            }]),
+            libc::EINVAL
+        );
+        assert_eq!(
+            refused(vec![Region {
+                page_size_bytes: 100,
+                ..page(0)
+            }]),
+            libc::EINVAL
+        );
+        assert_eq!(
+            refused(vec![Region {
+                page_size_bytes: 2 << 20,
+                ..page(0)
+            }]),
+            libc::EADDRNOTAVAIL
+        );
+    }
+
+    #[test]
+    fn find_knows_holes_and_edges() {
+        let memory = heap_memory(&[(0x10000, 0x2000), (0x20000, 0x1000)]);
+        assert!(memory.find(Gpa(0xffff)).is_none());
+        assert_eq!(memory.find(Gpa(0x10000)).unwrap().0, 0);
+        assert_eq!(memory.find(Gpa(0x11fff)).unwrap().0, 0);
+        assert!(memory.find(Gpa(0x12000)).is_none());
+        assert_eq!(memory.find(Gpa(0x20fff)).unwrap().0, 1);
+        assert!(memory.find(Gpa(u64::MAX)).is_none());
+        assert_eq!(memory.slice_prefix(Gpa(0x11ff0), 64).unwrap().len(), 16);
+    }
+
+    #[test]
+    fn slices_copy_at_any_alignment_and_never_beyond_their_end() {
+        let memory = heap_memory(&[(0, 0x1000)]);
+        let pattern: Vec<u8> = (0..=255).collect();
+        for start in 0..16 {
+            let slice = memory.slice_prefix(Gpa(start), 64).unwrap();
+            assert_eq!(slice.write(3, &pattern), 61);
+            let mut back = [0; 80];
+            assert_eq!(slice.read(3, &mut back), 61);
+            assert_eq!(back[..61], pattern[..61]);
+            assert_eq!(slice.read(64, &mut back), 0);
+            assert_eq!(slice.read(usize::MAX, &mut back), 0);
+        }
+    }
+}

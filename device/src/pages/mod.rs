@@ -1,0 +1,4 @@
+//! Which pages, without any system call: lists to ranges, and who owns what. All of it is pure.
+
+pub mod ownership;
+pub mod ranges;

@@ -1,0 +1,246 @@
+//! The traditional memory balloon, device ID 5 (virtio 1.x, section 5.5; requirements S).
+
+mod config;
+mod queues;
+mod stats;
+
+pub(crate) use config::{CONFIG_BYTES, ConfigSpace};
+pub(crate) use queues::{QUEUES, Role, role_of};
+pub(crate) use stats::StatsBoard;
+
+use crate::balloon::{Balloon, bump};
+use crate::memory::{Gpa, GuestMemory, Pfn, PfnRange};
+use crate::metrics::{Books, Counters};
+use crate::pages::ranges::{coalesce_pages, coalesce_ranges};
+use crate::ring::RingError;
+use crate::ring::chain::{Chain, Segment};
+use crate::ring::source::Source;
+use crate::runtime::Scratch;
+
+bitflags::bitflags! {
+    /// The feature bits that this device knows (5.5.3, 6).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Features: u64 {
+        /// The driver tells the device before it uses pages of the balloon again.
+        const MUST_TELL_HOST = 1 << 0;
+        /// The driver reports statistics.
+        const STATS_VQ = 1 << 1;
+        /// The driver may take pages back when the guest runs out of memory.
+        const DEFLATE_ON_OOM = 1 << 2;
+        /// The driver says what it fills free pages with.
+        const PAGE_POISON = 1 << 4;
+        /// The driver reports free pages.
+        const PAGE_REPORTING = 1 << 5;
+        /// Chains may be in indirect tables.
+        const INDIRECT_DESC = 1 << 28;
+        /// Notifications are suppressed by index.
+        const EVENT_IDX = 1 << 29;
+        /// The device and driver follow virtio 1.0 or later.
+        const VERSION_1 = 1 << 32;
+    }
+}
+
+impl Features {
+    /// What is offered unless the VMM chooses. DEFLATE_ON_OOM is left to the VMM: it lets a guest
+    /// undo what the host decided.
+    pub(crate) const DEFAULT: Self = Self::all().difference(Self::DEFLATE_ON_OOM);
+}
+
+/// The most PFNs a chain may carry. A chain of 2^18 gives 1 GiB; stock drivers send 256. More is
+/// taken as malformed, so that a single chain cannot keep a worker busy for long (I3).
+const MAX_CHAIN_PFNS: u64 = 1 << 18;
+/// How much is served before other devices get a turn.
+const MAX_CHAINS_PER_TURN: usize = 256;
+const MAX_PAGES_PER_TURN: usize = 1 << 16;
+/// How often a queue that keeps filling up is looked at again within one turn.
+const MAX_ROUNDS_PER_TURN: u32 = 4;
+
+/// What one turn of serving works with.
+#[derive(Debug)]
+pub(crate) struct Turn<'a> {
+    pub(crate) balloon: &'a mut Balloon,
+    pub(crate) scratch: &'a mut Scratch,
+    pub(crate) books: &'a Books,
+    pub(crate) stats: &'a StatsBoard,
+    /// PAGE_POISON was negotiated with a value other than zero (S10).
+    pub(crate) poisoned: bool,
+}
+
+/// How a batch of chains is read and carried out.
+struct Handler {
+    /// Reads the chain into the scratch buffers; false if its content makes no sense.
+    read: fn(&Chain, &GuestMemory, &mut Vec<Pfn>, &mut Vec<PfnRange>) -> bool,
+    /// Acts on all chains of the batch at once.
+    act: fn(&mut Turn<'_>),
+    /// The counter of completed chains.
+    chains: fn(&mut Counters) -> &mut u64,
+}
+
+/// Serves one of the queues that carry pages; true if there is more to do.
+///
+/// Chains are popped in batches, acted on together, and completed with one update of the used
+/// index. With `Err`, what came before the fault has been served.
+pub(crate) fn serve_pages(
+    role: Role,
+    source: &mut Source,
+    turn: &mut Turn<'_>,
+) -> Result<bool, RingError> {
+    let handler = match role {
+        Role::Inflate => Handler {
+            read: |chain, memory, pages, _| read_pfns(chain, memory, pages),
+            act: |turn| {
+                let duplicates = coalesce_pages(&mut turn.scratch.pages, &mut turn.scratch.ranges);
+                turn.balloon
+                    .give(&turn.scratch.ranges, duplicates, turn.books);
+            },
+            chains: |counters| &mut counters.inflate_chains,
+        },
+        Role::Deflate => Handler {
+            read: |chain, memory, pages, _| read_pfns(chain, memory, pages),
+            act: |turn| {
+                let duplicates = coalesce_pages(&mut turn.scratch.pages, &mut turn.scratch.ranges);
+                turn.balloon
+                    .take(&turn.scratch.ranges, duplicates, turn.books);
+            },
+            chains: |counters| &mut counters.deflate_chains,
+        },
+        Role::Reporting => Handler {
+            read: |chain, memory, _, ranges| read_reports(chain, memory, ranges),
+            act: |turn| {
+                let duplicates = coalesce_ranges(&mut turn.scratch.ranges);
+                turn.balloon
+                    .report(&turn.scratch.ranges, duplicates, turn.poisoned, turn.books);
+            },
+            chains: |counters| &mut counters.report_chains,
+        },
+        Role::Stats => return stats::serve(source, turn),
+    };
+    for _ in 0..MAX_ROUNDS_PER_TURN {
+        source.suppress_kicks();
+        let exhausted = serve_batch(&handler, source, turn)?;
+        if !exhausted {
+            return Ok(true);
+        }
+        if !source.want_kicks() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Pops, acts, completes. Returns whether the queue was empty at the end.
+fn serve_batch(
+    handler: &Handler,
+    source: &mut Source,
+    turn: &mut Turn<'_>,
+) -> Result<bool, RingError> {
+    turn.scratch.pages.clear();
+    turn.scratch.ranges.clear();
+    turn.scratch.done.clear();
+    let mut errors = 0;
+    let end = loop {
+        let scratch = &mut *turn.scratch;
+        if scratch.done.len() >= MAX_CHAINS_PER_TURN || scratch.pages.len() >= MAX_PAGES_PER_TURN {
+            break Ok(false);
+        }
+        let memory = turn.balloon.memory();
+        match source.pop(memory, &mut scratch.chain) {
+            Ok(true) => {
+                let Scratch {
+                    chain,
+                    pages,
+                    ranges,
+                    done,
+                } = scratch;
+                let understood = !chain.malformed && (handler.read)(chain, memory, pages, ranges);
+                errors += u64::from(!understood);
+                done.push((chain.token, 0));
+            }
+            Ok(false) => break Ok(true),
+            Err(error) => break Err(error),
+        }
+    };
+    if turn.scratch.done.is_empty() {
+        return end;
+    }
+    (handler.act)(turn);
+    for &(token, written) in &turn.scratch.done {
+        source.complete(token, written);
+    }
+    // The books are right before the guest, or anyone it tells, can look at them.
+    turn.books.enter(|entry| {
+        let device = entry.device();
+        bump((handler.chains)(device), turn.scratch.done.len() as u64);
+        bump(&mut device.chain_errors, errors);
+    });
+    source.publish();
+    end
+}
+
+/// Appends the chain's PFNs (5.5.6.1). They are copied before anything is discarded: the pages may
+/// be the ones that hold the list.
+fn read_pfns(chain: &Chain, memory: &GuestMemory, pages: &mut Vec<Pfn>) -> bool {
+    const PFN_BYTES: u64 = 4;
+    let length = chain.readable_bytes();
+    if length > MAX_CHAIN_PFNS * PFN_BYTES {
+        return false;
+    }
+    let whole = chain.read(memory, |bytes| {
+        let (pfns, _rest) = bytes.as_chunks::<4>();
+        pages.extend(
+            pfns.iter()
+                .map(|pfn| Pfn(u64::from(u32::from_le_bytes(*pfn)))),
+        );
+    });
+    whole && length > 0 && length.is_multiple_of(PFN_BYTES) && chain.writable.is_empty()
+}
+
+/// Appends the reported ranges (5.5.6.7): they are the chain's writable buffers themselves.
+fn read_reports(chain: &Chain, memory: &GuestMemory, ranges: &mut Vec<PfnRange>) -> bool {
+    let mut understood = chain.readable.is_empty() && !chain.writable.is_empty();
+    for segment in &chain.writable {
+        let mut parts = [None; 2];
+        match segment {
+            Segment::Guest { gpa, len } => parts[0] = Some((*gpa, u64::from(*len))),
+            Segment::Host(iov) => {
+                // A buffer that the VMM mapped may reach over the end of one region into another
+                // that happens to follow it; more than two is not a buffer any VMM hands over.
+                let first = memory.guest_address_of(iov.address());
+                if let Some((gpa, room)) = first {
+                    let length = (iov.len() as u64).min(room);
+                    parts[0] = Some((gpa, length));
+                    let rest = iov.len() as u64 - length;
+                    let next = iov
+                        .address()
+                        .wrapping_add(usize::try_from(length).unwrap_or(0));
+                    if rest > 0 {
+                        parts[1] = memory
+                            .guest_address_of(next)
+                            .filter(|(_, room)| rest <= *room)
+                            .map(|(gpa, _)| (gpa, rest));
+                        understood &= parts[1].is_some();
+                    }
+                }
+                understood &= first.is_some();
+            }
+        }
+        for (gpa, length) in parts.into_iter().flatten() {
+            match whole_pages(gpa, length) {
+                Some(range) => ranges.push(range),
+                None => understood = false,
+            }
+        }
+    }
+    understood
+}
+
+/// The pages of a reported buffer, which has to consist of whole ones.
+fn whole_pages(gpa: Gpa, length: u64) -> Option<PfnRange> {
+    let page = crate::memory::BALLOON_PAGE_BYTES;
+    let end = gpa.0.checked_add(length)?;
+    let aligned = gpa.0.is_multiple_of(page) && length.is_multiple_of(page) && length > 0;
+    aligned.then_some(PfnRange {
+        start: Pfn(gpa.0 / page),
+        end: Pfn(end / page),
+    })
+}

@@ -1,0 +1,132 @@
+//! Guest statistics (5.5.6.4; S8): the device holds the driver's buffer and returns it to ask for
+//! fresh values.
+
+use super::Turn;
+use crate::balloon::bump;
+use crate::memory::GuestMemory;
+use crate::metrics::{GuestStats, STATS_TAGS};
+use crate::ring::RingError;
+use crate::ring::chain::Chain;
+use crate::ring::source::Source;
+use parking_lot::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// A record is {le16 tag, le64 value}, packed.
+const RECORD_BYTES: usize = 10;
+/// The most bytes of statistics that are read; stock drivers send 160.
+const MAX_STATS_BYTES: u64 = 4096;
+/// Buffers taken in one turn. A driver has one; a second gives the first back.
+const MAX_BUFFERS_PER_TURN: u32 = 16;
+
+/// The last answer, and who waits for the next.
+#[derive(Debug, Default)]
+pub(crate) struct StatsBoard {
+    held: Mutex<Option<u64>>,
+    latest: Mutex<GuestStats>,
+    news: Condvar,
+}
+
+impl StatsBoard {
+    /// The last answer.
+    pub(crate) fn latest(&self) -> GuestStats {
+        *self.latest.lock()
+    }
+
+    /// The first answer after number `sequence`, if it comes in time.
+    pub(crate) fn wait_behind(&self, sequence: u64, timeout: Duration) -> Option<GuestStats> {
+        let deadline = Instant::now().checked_add(timeout);
+        let mut latest = self.latest.lock();
+        while latest.sequence == sequence {
+            match deadline {
+                Some(deadline) => {
+                    if self.news.wait_until(&mut latest, deadline).timed_out() {
+                        return None;
+                    }
+                }
+                None => self.news.wait(&mut latest),
+            }
+        }
+        Some(*latest)
+    }
+
+    fn post(&self, values: [Option<u64>; STATS_TAGS]) {
+        let mut latest = self.latest.lock();
+        let sequence = latest.sequence + 1;
+        *latest = GuestStats {
+            values,
+            sequence,
+            received: Some(Instant::now()),
+        };
+        self.news.notify_all();
+    }
+
+    /// Gives the held buffer back, which asks the driver for fresh values.
+    pub(crate) fn request(&self, source: &mut Source) {
+        if let Some(token) = self.held.lock().take() {
+            source.complete(token, 0);
+            source.publish();
+        }
+    }
+
+    /// Puts the held buffer back into its queue, for whoever serves the queue next.
+    pub(crate) fn put_back(&self, source: &mut Source) {
+        if let Some(token) = self.held.lock().take() {
+            source.put_back(token);
+        }
+    }
+
+    /// Forgets buffer and values: a new driver comes. The sequence goes on, so that nobody takes
+    /// the old driver's answer for the new one's.
+    pub(crate) fn reset(&self) {
+        *self.held.lock() = None;
+        let mut latest = self.latest.lock();
+        latest.values = [None; STATS_TAGS];
+        latest.received = None;
+    }
+}
+
+/// Takes what the stats queue has; true if there is more.
+pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingError> {
+    for _ in 0..MAX_BUFFERS_PER_TURN {
+        let memory = turn.balloon.memory();
+        let chain = &mut turn.scratch.chain;
+        if !source.pop(memory, chain)? {
+            if !source.want_kicks() {
+                return Ok(false);
+            }
+            continue;
+        }
+        let (values, understood) = parse(chain, memory);
+        turn.books.enter(|entry| {
+            let device = entry.device();
+            bump(&mut device.stats_chains, 1);
+            bump(&mut device.chain_errors, u64::from(!understood));
+        });
+        // The newest buffer is the one that is held.
+        turn.stats.request(source);
+        *turn.stats.held.lock() = Some(chain.token);
+        turn.stats.post(values);
+    }
+    Ok(true)
+}
+
+/// Reads the records in any order, the last of a tag counts; unknown tags are ignored.
+fn parse(chain: &Chain, memory: &GuestMemory) -> ([Option<u64>; STATS_TAGS], bool) {
+    let mut values = [None; STATS_TAGS];
+    let length = chain.readable_bytes();
+    if chain.malformed || length > MAX_STATS_BYTES {
+        return (values, false);
+    }
+    let whole = chain.read(memory, |bytes| {
+        let (records, _rest) = bytes.as_chunks::<RECORD_BYTES>();
+        for [t0, t1, value @ ..] in records {
+            let tag = usize::from(u16::from_le_bytes([*t0, *t1]));
+            if let Some(slot) = values.get_mut(tag) {
+                *slot = Some(u64::from_le_bytes(*value));
+            }
+        }
+    });
+    let understood =
+        whole && length.is_multiple_of(RECORD_BYTES as u64) && chain.writable.is_empty();
+    (values, understood)
+}

@@ -1,0 +1,328 @@
+//! The split virtqueue (virtio 1.x, section 2.7), device side.
+//!
+//! The guest may change the rings at any moment: each index and descriptor is fetched once and
+//! checked before it is used (S5, S6).
+
+use super::RingError;
+use super::chain::{Chain, Segment};
+use crate::error::{Error, Result};
+use crate::memory::{Gpa, GuestMemory, HostArea, full_barrier};
+use std::sync::Arc;
+
+const DESC_BYTES: usize = 16;
+const DESC_F_NEXT: u16 = 1;
+const DESC_F_WRITE: u16 = 2;
+const DESC_F_INDIRECT: u16 = 4;
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
+const USED_F_NO_NOTIFY: u16 = 1;
+/// Both rings begin with le16 flags and le16 index.
+const RING_FLAGS: usize = 0;
+const RING_INDEX: usize = 2;
+const RING_ENTRIES: usize = 4;
+const USED_ENTRY_BYTES: usize = 8;
+
+/// The largest queue of the split layout (2.7).
+pub(crate) const MAX_SIZE: u16 = 32768;
+
+/// Where a queue lies and how far it got.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layout {
+    pub(crate) size: u16,
+    pub(crate) desc: Gpa,
+    pub(crate) avail: Gpa,
+    pub(crate) used: Gpa,
+    pub(crate) next_avail: u16,
+    pub(crate) next_used: u16,
+}
+
+/// What was negotiated for the rings.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct RingFeatures {
+    pub(crate) indirect: bool,
+    pub(crate) event_idx: bool,
+}
+
+/// A split ring that is being served.
+#[derive(Debug)]
+pub(crate) struct SplitRing {
+    desc: HostArea,
+    avail: HostArea,
+    used: HostArea,
+    layout: Layout,
+    features: RingFeatures,
+    /// Entries written to the used ring that its index does not show yet.
+    unpublished: u16,
+    /// The used index the guest was last asked about, to know whether it wants to be told (2.7.7).
+    /// `None` until the first time: then it is told in any case.
+    notified_at: Option<u16>,
+}
+
+/// A descriptor as it was fetched.
+#[derive(Clone, Copy, Debug)]
+struct Descriptor {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    fn parse(bytes: [u8; DESC_BYTES]) -> Self {
+        let [
+            a0,
+            a1,
+            a2,
+            a3,
+            a4,
+            a5,
+            a6,
+            a7,
+            l0,
+            l1,
+            l2,
+            l3,
+            f0,
+            f1,
+            n0,
+            n1,
+        ] = bytes;
+        Self {
+            addr: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
+            len: u32::from_le_bytes([l0, l1, l2, l3]),
+            flags: u16::from_le_bytes([f0, f1]),
+            next: u16::from_le_bytes([n0, n1]),
+        }
+    }
+
+    fn has(&self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+impl SplitRing {
+    /// Checks where the queue lies and takes it over.
+    pub(crate) fn new(
+        memory: &Arc<GuestMemory>,
+        layout: Layout,
+        features: RingFeatures,
+    ) -> Result<Self> {
+        let size = usize::from(layout.size);
+        if !layout.size.is_power_of_two() || layout.size > MAX_SIZE {
+            return Err(Error::Invalid {
+                what: "queue size",
+                value: u64::from(layout.size),
+                expected: "a power of two from 1 to 32768",
+            });
+        }
+        // The event fields behind the rings only exist with EVENT_IDX.
+        let event = if features.event_idx { 2 } else { 0 };
+        let avail_bytes = RING_ENTRIES + 2 * size + event;
+        let used_bytes = RING_ENTRIES + USED_ENTRY_BYTES * size + event;
+        let desc_bytes = DESC_BYTES * size;
+        Ok(Self {
+            desc: HostArea::new(memory, "descriptor table", layout.desc, desc_bytes, 16)?,
+            avail: HostArea::new(memory, "available ring", layout.avail, avail_bytes, 2)?,
+            used: HostArea::new(memory, "used ring", layout.used, used_bytes, 4)?,
+            layout,
+            features,
+            unpublished: 0,
+            notified_at: None,
+        })
+    }
+
+    /// The same ring over another memory table.
+    pub(crate) fn moved(&self, memory: &Arc<GuestMemory>) -> Result<Self> {
+        let mut ring = Self::new(memory, self.layout, self.features)?;
+        ring.notified_at = self.notified_at;
+        Ok(ring)
+    }
+
+    /// Where serving would go on.
+    pub(crate) fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    fn slot(&self, index: u16) -> usize {
+        usize::from(index & (self.layout.size - 1))
+    }
+
+    /// Takes the next chain; `Ok(false)` if the guest has none.
+    pub(crate) fn pop(
+        &mut self,
+        memory: &GuestMemory,
+        chain: &mut Chain,
+    ) -> Result<bool, RingError> {
+        let available = self.avail.load_u16_acquire(RING_INDEX);
+        let waiting = available.wrapping_sub(self.layout.next_avail);
+        if waiting == 0 {
+            return Ok(false);
+        }
+        if waiting > self.layout.size {
+            return Err(RingError::AvailableIndexJumped(waiting));
+        }
+        let head = self
+            .avail
+            .load_u16(RING_ENTRIES + 2 * self.slot(self.layout.next_avail));
+        self.walk(memory, head, chain)?;
+        chain.token = u64::from(head);
+        self.layout.next_avail = self.layout.next_avail.wrapping_add(1);
+        Ok(true)
+    }
+
+    /// Takes back the last [`Self::pop`] of a chain that was not completed.
+    pub(crate) fn unpop(&mut self) {
+        self.layout.next_avail = self.layout.next_avail.wrapping_sub(1);
+    }
+
+    /// Follows the chain from `head` on. It has at most as many descriptors as the queue (2.7.5.3.1),
+    /// which bounds the work and ends every loop.
+    fn walk(&self, memory: &GuestMemory, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+        chain.clear();
+        let mut indirect: Option<(Gpa, u32)> = None;
+        let mut index = head;
+        for _ in 0..=self.layout.size {
+            let descriptor = match indirect {
+                None => self.direct(index)?,
+                Some((table, entries)) => read_indirect(memory, table, entries, index)?,
+            };
+            if descriptor.has(DESC_F_INDIRECT) {
+                if indirect.is_some() {
+                    return Err(RingError::NestedIndirect);
+                }
+                indirect = Some(self.enter_indirect(&descriptor)?);
+                index = 0;
+                continue;
+            }
+            if chain.readable.len() + chain.writable.len() == usize::from(self.layout.size) {
+                return Err(RingError::ChainTooLong);
+            }
+            let segment = Segment::Guest {
+                gpa: Gpa(descriptor.addr),
+                len: descriptor.len,
+            };
+            chain.push(segment, descriptor.has(DESC_F_WRITE));
+            if !descriptor.has(DESC_F_NEXT) {
+                chain.finish();
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+        Err(RingError::ChainTooLong)
+    }
+
+    fn direct(&self, index: u16) -> Result<Descriptor, RingError> {
+        if index >= self.layout.size {
+            return Err(RingError::DescriptorBeyondTable(index));
+        }
+        let mut bytes = [0; DESC_BYTES];
+        self.desc
+            .slice()
+            .read(DESC_BYTES * usize::from(index), &mut bytes);
+        Ok(Descriptor::parse(bytes))
+    }
+
+    /// The table that an indirect descriptor points to; its WRITE flag is ignored (2.7.5.3.2).
+    fn enter_indirect(&self, descriptor: &Descriptor) -> Result<(Gpa, u32), RingError> {
+        if !self.features.indirect {
+            return Err(RingError::IndirectNotNegotiated);
+        }
+        if descriptor.has(DESC_F_NEXT) {
+            return Err(RingError::IndirectWithNext);
+        }
+        const ENTRY: u32 = 16;
+        if descriptor.len == 0 || !descriptor.len.is_multiple_of(ENTRY) {
+            return Err(RingError::IndirectLength(descriptor.len));
+        }
+        Ok((Gpa(descriptor.addr), descriptor.len / ENTRY))
+    }
+
+    /// Completes a chain; the guest sees it after [`Self::publish`].
+    pub(crate) fn complete(&mut self, head: u64, written: u32) {
+        let slot = self.slot(self.layout.next_used.wrapping_add(self.unpublished));
+        let offset = RING_ENTRIES + USED_ENTRY_BYTES * slot;
+        self.used
+            .store_u32(offset, u32::try_from(head).unwrap_or(u32::MAX));
+        self.used.store_u32(offset + 4, written);
+        self.unpublished = self.unpublished.wrapping_add(1);
+    }
+
+    /// Shows all completed chains to the guest at once. Returns whether it wants to be told.
+    pub(crate) fn publish(&mut self) -> bool {
+        if self.unpublished == 0 {
+            return false;
+        }
+        self.layout.next_used = self.layout.next_used.wrapping_add(self.unpublished);
+        self.unpublished = 0;
+        self.used
+            .store_u16_release(RING_INDEX, self.layout.next_used);
+        // The guest writes its wish, then looks at the index; we write the index, then look at the
+        // wish. The barrier keeps both from missing each other.
+        full_barrier();
+        if !self.features.event_idx {
+            return self.avail.load_u16(RING_FLAGS) & AVAIL_F_NO_INTERRUPT == 0;
+        }
+        let event = self
+            .avail
+            .load_u16(RING_ENTRIES + 2 * usize::from(self.layout.size));
+        let new = self.layout.next_used;
+        let old = self.notified_at.replace(new);
+        old.is_none_or(|old| passed(event, old, new))
+    }
+
+    /// Asks the guest not to kick while the ring is being served.
+    pub(crate) fn suppress_kicks(&mut self) {
+        // With EVENT_IDX an event index that stays behind does the same (2.7.10).
+        if !self.features.event_idx {
+            self.used.store_u16_release(RING_FLAGS, USED_F_NO_NOTIFY);
+        }
+    }
+
+    /// Asks the guest to kick again; returns true if chains came in meanwhile, which it may not
+    /// kick for.
+    pub(crate) fn want_kicks(&mut self) -> bool {
+        if self.features.event_idx {
+            let event = RING_ENTRIES + USED_ENTRY_BYTES * usize::from(self.layout.size);
+            self.used.store_u16_release(event, self.layout.next_avail);
+        } else {
+            self.used.store_u16_release(RING_FLAGS, 0);
+        }
+        full_barrier();
+        self.avail.load_u16_acquire(RING_INDEX) != self.layout.next_avail
+    }
+}
+
+/// Whether moving the index from `old` to `new` passed `event` (2.7.10.1).
+fn passed(event: u16, old: u16, new: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+/// Fetches an entry of an indirect table, which may lie anywhere, across regions too.
+fn read_indirect(
+    memory: &GuestMemory,
+    table: Gpa,
+    entries: u32,
+    index: u16,
+) -> Result<Descriptor, RingError> {
+    if u32::from(index) >= entries {
+        return Err(RingError::DescriptorBeyondTable(index));
+    }
+    let mut bytes = [0; DESC_BYTES];
+    let mut done = 0;
+    while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        let offset = DESC_BYTES as u64 * u64::from(index) + done as u64;
+        let count = table
+            .0
+            .checked_add(offset)
+            .and_then(|start| memory.slice_prefix(Gpa(start), rest.len() as u64))
+            .map_or(0, |slice| slice.read(0, rest));
+        if count == 0 {
+            return Err(RingError::IndirectOutsideMemory);
+        }
+        done += count;
+    }
+    Ok(Descriptor::parse(bytes))
+}
+
+#[cfg(test)]
+#[path = "split_tests.rs"]
+mod tests;

@@ -1,0 +1,345 @@
+//! A driver's side of a split ring in a few lines, and what a hostile one may write.
+
+use super::*;
+use crate::memory::tests::heap_memory;
+
+const DESC: u64 = 0x1000;
+const AVAIL: u64 = 0x2000;
+const USED: u64 = 0x3000;
+const SIZE: u16 = 8;
+
+struct Driver {
+    memory: Arc<GuestMemory>,
+}
+
+impl Driver {
+    fn new() -> Self {
+        Self {
+            memory: heap_memory(&[(0, 0x10000)]),
+        }
+    }
+
+    fn ring(&self, features: RingFeatures) -> SplitRing {
+        SplitRing::new(&self.memory, layout(), features).unwrap()
+    }
+
+    fn put(&self, gpa: u64, bytes: &[u8]) {
+        assert_eq!(
+            self.memory
+                .slice_prefix(Gpa(gpa), 64)
+                .unwrap()
+                .write(0, bytes),
+            bytes.len()
+        );
+    }
+
+    fn get_u16(&self, gpa: u64) -> u16 {
+        let mut bytes = [0; 2];
+        self.memory
+            .slice_prefix(Gpa(gpa), 2)
+            .unwrap()
+            .read(0, &mut bytes);
+        u16::from_le_bytes(bytes)
+    }
+
+    fn desc(&self, table: u64, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
+        let at = table + 16 * u64::from(index);
+        self.put(at, &addr.to_le_bytes());
+        self.put(at + 8, &len.to_le_bytes());
+        self.put(at + 12, &flags.to_le_bytes());
+        self.put(at + 14, &next.to_le_bytes());
+    }
+
+    fn offer(&self, slot: u16, head: u16, index: u16) {
+        self.put(AVAIL + 4 + 2 * u64::from(slot), &head.to_le_bytes());
+        self.put(AVAIL + 2, &index.to_le_bytes());
+    }
+}
+
+fn layout() -> Layout {
+    Layout {
+        size: SIZE,
+        desc: Gpa(DESC),
+        avail: Gpa(AVAIL),
+        used: Gpa(USED),
+        next_avail: 0,
+        next_used: 0,
+    }
+}
+
+const INDIRECT: RingFeatures = RingFeatures {
+    indirect: true,
+    event_idx: false,
+};
+const EVENT_IDX: RingFeatures = RingFeatures {
+    indirect: false,
+    event_idx: true,
+};
+
+fn pop(ring: &mut SplitRing, driver: &Driver) -> Result<Option<Chain>, RingError> {
+    let mut chain = Chain::default();
+    Ok(ring.pop(&driver.memory, &mut chain)?.then_some(chain))
+}
+
+#[test]
+fn a_chain_is_walked_and_completed_once() {
+    let driver = Driver::new();
+    let mut ring = driver.ring(RingFeatures::default());
+    assert!(pop(&mut ring, &driver).unwrap().is_none());
+    driver.desc(DESC, 3, 0x5000, 16, DESC_F_NEXT, 5);
+    driver.desc(DESC, 5, 0x6000, 32, DESC_F_WRITE, 0);
+    driver.offer(0, 3, 1);
+    let chain = pop(&mut ring, &driver).unwrap().unwrap();
+    assert_eq!(
+        (chain.token, chain.readable_bytes(), chain.writable_bytes()),
+        (3, 16, 32)
+    );
+    assert!(pop(&mut ring, &driver).unwrap().is_none());
+    ring.complete(chain.token, 7);
+    assert_eq!(
+        driver.get_u16(USED + 2),
+        0,
+        "not visible before it is published"
+    );
+    assert!(ring.publish());
+    assert_eq!(driver.get_u16(USED + 2), 1);
+    assert_eq!((driver.get_u16(USED + 4), driver.get_u16(USED + 8)), (3, 7));
+    assert!(!ring.publish(), "nothing new");
+}
+
+#[test]
+fn indices_wrap_at_sixteen_bits() {
+    let driver = Driver::new();
+    let start = Layout {
+        next_avail: u16::MAX,
+        next_used: u16::MAX,
+        ..layout()
+    };
+    let mut ring = SplitRing::new(&driver.memory, start, RingFeatures::default()).unwrap();
+    driver.desc(DESC, 1, 0x5000, 4, 0, 0);
+    driver.offer(u16::MAX % SIZE, 1, 0);
+    driver.offer(0, 1, 1);
+    for _ in 0..2 {
+        let chain = pop(&mut ring, &driver).unwrap().unwrap();
+        ring.complete(chain.token, 0);
+    }
+    ring.publish();
+    assert_eq!(driver.get_u16(USED + 2), 1);
+    assert_eq!(ring.layout().next_avail, 1);
+}
+
+#[test]
+fn broken_structure_is_told_apart() {
+    let cases: [(&str, fn(&Driver), RingError); 9] = [
+        (
+            "index",
+            |d| d.offer(0, 0, SIZE + 1),
+            RingError::AvailableIndexJumped(SIZE + 1),
+        ),
+        (
+            "head",
+            |d| d.offer(0, SIZE, 1),
+            RingError::DescriptorBeyondTable(SIZE),
+        ),
+        (
+            "next",
+            |d| {
+                d.desc(DESC, 0, 0, 4, DESC_F_NEXT, 999);
+                d.offer(0, 0, 1);
+            },
+            RingError::DescriptorBeyondTable(999),
+        ),
+        (
+            "loop",
+            |d| {
+                d.desc(DESC, 0, 0, 4, DESC_F_NEXT, 0);
+                d.offer(0, 0, 1);
+            },
+            RingError::ChainTooLong,
+        ),
+        (
+            "nested",
+            |d| {
+                d.desc(DESC, 0, 0x5000, 16, DESC_F_INDIRECT, 0);
+                d.desc(0x5000, 0, 0x6000, 16, DESC_F_INDIRECT, 0);
+                d.offer(0, 0, 1);
+            },
+            RingError::NestedIndirect,
+        ),
+        (
+            "indirect with next",
+            |d| {
+                d.desc(DESC, 0, 0x5000, 16, DESC_F_INDIRECT | DESC_F_NEXT, 0);
+                d.offer(0, 0, 1);
+            },
+            RingError::IndirectWithNext,
+        ),
+        (
+            "empty indirect",
+            |d| {
+                d.desc(DESC, 0, 0x5000, 0, DESC_F_INDIRECT, 0);
+                d.offer(0, 0, 1);
+            },
+            RingError::IndirectLength(0),
+        ),
+        (
+            "odd indirect",
+            |d| {
+                d.desc(DESC, 0, 0x5000, 17, DESC_F_INDIRECT, 0);
+                d.offer(0, 0, 1);
+            },
+            RingError::IndirectLength(17),
+        ),
+        (
+            "indirect outside",
+            |d| {
+                d.desc(DESC, 0, u64::MAX - 7, 16, DESC_F_INDIRECT, 0);
+                d.offer(0, 0, 1);
+            },
+            RingError::IndirectOutsideMemory,
+        ),
+    ];
+    for (name, write, expected) in cases {
+        let driver = Driver::new();
+        let mut ring = driver.ring(INDIRECT);
+        write(&driver);
+        assert_eq!(pop(&mut ring, &driver).unwrap_err(), expected, "{name}");
+    }
+}
+
+#[test]
+fn indirect_tables_need_negotiation_and_ignore_write() {
+    let driver = Driver::new();
+    driver.desc(DESC, 2, 0x5000, 16, 0, 0);
+    driver.desc(DESC, 0, 0x5000, 32, DESC_F_INDIRECT | DESC_F_WRITE, 0);
+    driver.desc(0x5000, 0, 0x6000, 8, DESC_F_NEXT, 1);
+    driver.desc(0x5000, 1, 0x7000, 8, 0, 0);
+    driver.offer(0, 0, 1);
+    let mut ring = driver.ring(INDIRECT);
+    let chain = pop(&mut ring, &driver).unwrap().unwrap();
+    assert_eq!((chain.readable_bytes(), chain.writable_bytes()), (16, 0));
+    let mut ring = driver.ring(RingFeatures::default());
+    assert_eq!(
+        pop(&mut ring, &driver).unwrap_err(),
+        RingError::IndirectNotNegotiated
+    );
+}
+
+#[test]
+fn direct_descriptors_may_end_in_an_indirect_table() {
+    let driver = Driver::new();
+    driver.desc(DESC, 0, 0x6000, 8, DESC_F_NEXT, 1);
+    driver.desc(DESC, 1, 0x5000, 32, DESC_F_INDIRECT, 0);
+    driver.desc(0x5000, 0, 0x6000, 8, DESC_F_NEXT, 1);
+    driver.desc(0x5000, 1, 0x7000, 8, DESC_F_WRITE, 0);
+    driver.offer(0, 0, 1);
+    let mut ring = driver.ring(INDIRECT);
+    let chain = pop(&mut ring, &driver).unwrap().unwrap();
+    assert_eq!((chain.readable_bytes(), chain.writable_bytes()), (16, 8));
+}
+
+#[test]
+fn event_index_asks_and_answers() {
+    let driver = Driver::new();
+    let mut ring = driver.ring(EVENT_IDX);
+    driver.desc(DESC, 0, 0x5000, 4, 0, 0);
+    let used_event = AVAIL + 4 + 2 * u64::from(SIZE);
+    let avail_event = USED + 4 + 8 * u64::from(SIZE);
+    for (index, event, expected) in [
+        (1u16, 0u16, true),
+        (2, 5, false),
+        (3, 2, true),
+        (4, 2, false),
+    ] {
+        driver.offer(index - 1, 0, index);
+        driver.put(used_event, &event.to_le_bytes());
+        assert!(ring.want_kicks(), "a chain came without a kick");
+        let chain = pop(&mut ring, &driver).unwrap().unwrap();
+        ring.complete(chain.token, 0);
+        assert_eq!(ring.publish(), expected, "index {index}, event {event}");
+        assert!(!ring.want_kicks());
+        assert_eq!(driver.get_u16(avail_event), index);
+    }
+}
+
+#[test]
+fn flags_suppress_in_both_directions() {
+    let driver = Driver::new();
+    let mut ring = driver.ring(RingFeatures::default());
+    ring.suppress_kicks();
+    assert_eq!(driver.get_u16(USED), USED_F_NO_NOTIFY);
+    assert!(!ring.want_kicks());
+    assert_eq!(driver.get_u16(USED), 0);
+    driver.desc(DESC, 0, 0x5000, 4, 0, 0);
+    driver.offer(0, 0, 1);
+    driver.put(AVAIL, &AVAIL_F_NO_INTERRUPT.to_le_bytes());
+    let chain = pop(&mut ring, &driver).unwrap().unwrap();
+    ring.complete(chain.token, 0);
+    assert!(!ring.publish());
+}
+
+#[test]
+fn bad_places_are_refused() {
+    let driver = Driver::new();
+    let refused = |layout: Layout| {
+        SplitRing::new(&driver.memory, layout, EVENT_IDX)
+            .unwrap_err()
+            .errno()
+    };
+    assert_eq!(
+        refused(Layout {
+            size: 0,
+            ..layout()
+        }),
+        libc::EINVAL
+    );
+    assert_eq!(
+        refused(Layout {
+            size: 12,
+            ..layout()
+        }),
+        libc::EINVAL
+    );
+    assert_eq!(
+        refused(Layout {
+            size: 65535,
+            ..layout()
+        }),
+        libc::EINVAL
+    );
+    assert_eq!(
+        refused(Layout {
+            desc: Gpa(0x1008),
+            ..layout()
+        }),
+        libc::EADDRNOTAVAIL
+    );
+    assert_eq!(
+        refused(Layout {
+            avail: Gpa(0x2001),
+            ..layout()
+        }),
+        libc::EADDRNOTAVAIL
+    );
+    assert_eq!(
+        refused(Layout {
+            used: Gpa(0x3002),
+            ..layout()
+        }),
+        libc::EADDRNOTAVAIL
+    );
+    assert_eq!(
+        refused(Layout {
+            desc: Gpa(0xffff0),
+            ..layout()
+        }),
+        libc::ERANGE
+    );
+    assert_eq!(
+        refused(Layout {
+            used: Gpa(0xfff8),
+            ..layout()
+        }),
+        libc::ERANGE
+    );
+}

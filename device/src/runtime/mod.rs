@@ -1,0 +1,118 @@
+//! The threads that serve the devices, and where they run.
+//!
+//! One [`Runtime`] serves many devices. Each host node with processors has its workers; all of a
+//! node's workers wait on one epoll instance that holds the kick eventfds of the devices at home
+//! there, so a kick wakes one idle worker directly, with no thread between. Work from elsewhere (a
+//! device that is not finished, a part of a large discard) comes through lock-free channels, and an
+//! eventfd in the same epoll instance wakes a worker for it.
+//!
+//! System calls of the workers (for seccomp filters): epoll_wait, read, write, futex, madvise,
+//! process_madvise, fallocate, sched_setaffinity, sched_yield, clock_gettime, mmap, munmap, exit.
+
+mod topology;
+mod worker;
+
+pub(crate) use worker::{KickRegistration, Pool, Scratch, Servable};
+
+use crate::discard::Discarder;
+use crate::discard::probe::Capabilities;
+use crate::error::{Error, Result};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// The most workers a node can be given.
+const MAX_WORKERS_PER_NODE: u32 = 64;
+
+/// How many workers a node gets if nobody says otherwise, processors permitting: discarding scales
+/// to a few threads before the kernel's locks stop it.
+const DEFAULT_WORKERS_PER_NODE: u32 = 4;
+
+/// How a runtime is set up.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RuntimeConfig {
+    /// Worker threads for each host node that has processors; 0 chooses by the processors.
+    pub workers_per_node: u32,
+}
+
+/// The worker pool. Dropping it stops its threads; devices keep it alive.
+#[derive(Debug)]
+pub struct Runtime {
+    pool: Arc<Pool>,
+    capabilities: Arc<Capabilities>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Runtime {
+    /// Probes the host, then starts all threads; none is created later.
+    ///
+    /// # Errors
+    /// Fails if threads or descriptors cannot be had.
+    pub fn new(config: &RuntimeConfig) -> Result<Arc<Self>> {
+        if config.workers_per_node > MAX_WORKERS_PER_NODE {
+            return Err(Error::Invalid {
+                what: "workers_per_node",
+                value: u64::from(config.workers_per_node),
+                expected: "at most 64",
+            });
+        }
+        let capabilities = Arc::new(Capabilities::probe()?);
+        let host = topology::Host::discover();
+        let workers = |node: &topology::Node| match config.workers_per_node {
+            0 => node.processors.min(DEFAULT_WORKERS_PER_NODE),
+            count => count,
+        };
+        let counts: Vec<u32> = host.nodes.iter().map(workers).collect();
+        let pool = Arc::new(Pool::new(host, &counts)?);
+        let mut runtime = Self {
+            pool,
+            capabilities,
+            threads: Vec::new(),
+        };
+        for (station, count) in counts.iter().enumerate() {
+            for number in 0..*count {
+                // Dropping `runtime` on an error stops the threads that run already.
+                runtime
+                    .threads
+                    .push(worker::spawn(&runtime.pool, station, number)?);
+            }
+        }
+        Ok(Arc::new(runtime))
+    }
+
+    /// One more than the highest number of a host node: nodes are numbered from 0.
+    #[must_use]
+    pub fn nodes(&self) -> u32 {
+        self.pool.node_count()
+    }
+
+    /// How many worker threads there are.
+    #[must_use]
+    pub fn workers(&self) -> u32 {
+        self.pool.workers()
+    }
+
+    /// Whether private memory is discarded by vectored calls on this host.
+    #[must_use]
+    pub fn has_vectored_discard(&self) -> bool {
+        self.capabilities.process_madvise.is_some()
+    }
+
+    /// What discards for the devices of this runtime.
+    pub(crate) fn discarder(&self) -> Discarder {
+        Discarder::pooled(Arc::clone(&self.capabilities), Arc::clone(&self.pool))
+    }
+
+    pub(crate) fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        self.pool.stop();
+        for thread in self.threads.drain(..) {
+            // Workers catch what they run; a join error has nothing left to tell.
+            let _ = thread.join();
+        }
+    }
+}

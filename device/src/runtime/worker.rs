@@ -1,0 +1,339 @@
+//! The pool itself: stations (one a node), their workers, and the hand-over of work.
+//!
+//! Two kinds of work keep the pool free of deadlocks: to *serve* a device may wait for *parts* of
+//! its discard, a part waits for nothing, and whoever waits for parts runs other parts meanwhile.
+#![allow(
+    unsafe_code,
+    reason = "epoll is called directly: its edge triggering is the design"
+)]
+
+use super::topology::Host;
+use crate::error::{Error, Result};
+use crate::event::EventFd;
+use crate::memory::{NodeId, Pfn, PfnRange};
+use crate::ring::chain::Chain;
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::RwLock;
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+
+/// What a worker serves: a device.
+pub(crate) trait Servable: Send + Sync + std::fmt::Debug {
+    /// Notes that the guest kicked `queue`; true if the caller has to call [`Self::serve`].
+    fn kicked(&self, queue: u16) -> bool;
+
+    /// Serves a bounded amount of what is there; true if the caller has to bring it back.
+    fn serve(&self, scratch: &mut Scratch) -> bool;
+}
+
+/// Buffers that a worker lends to whatever device it serves: their size is bounded by constants,
+/// and there is one set a thread however many devices there are.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    pub(crate) chain: Chain,
+    pub(crate) done: Vec<(u64, u32)>,
+    pub(crate) pages: Vec<Pfn>,
+    pub(crate) ranges: Vec<PfnRange>,
+}
+
+type Part = Box<dyn FnOnce() + Send>;
+
+/// Both ends of a lock-free queue; it never closes while its station lives.
+type Channel<T> = (Sender<T>, Receiver<T>);
+
+/// The wake-up eventfd's mark among the epoll events; kicks are numbered from 1.
+const WAKE: u64 = 0;
+
+/// The part of the pool on one node.
+#[derive(Debug)]
+struct Station {
+    epoll: OwnedFd,
+    wake: EventFd,
+    serve: Channel<Arc<dyn Servable>>,
+    parts: Channel<Part>,
+}
+
+#[derive(Debug)]
+struct Kick {
+    device: Weak<dyn Servable>,
+    queue: u16,
+}
+
+/// All stations, and who is registered for kicks.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    host: Host,
+    stations: Vec<Station>,
+    workers: u32,
+    kicks: RwLock<HashMap<u64, Kick>>,
+    next_kick: AtomicU64,
+    stopping: AtomicBool,
+}
+
+/// A kick eventfd that the pool listens on until this is dropped.
+#[derive(Debug)]
+pub(crate) struct KickRegistration {
+    pool: Arc<Pool>,
+    station: usize,
+    id: u64,
+    fd: OwnedFd,
+}
+
+impl Drop for KickRegistration {
+    fn drop(&mut self) {
+        self.pool.kicks.write().remove(&self.id);
+        if let Some(station) = self.pool.stations.get(self.station) {
+            // SAFETY: both descriptors are open; EPOLL_CTL_DEL takes no event.
+            unsafe {
+                libc::epoll_ctl(
+                    station.epoll.as_raw_fd(),
+                    libc::EPOLL_CTL_DEL,
+                    self.fd.as_raw_fd(),
+                    std::ptr::null_mut(),
+                )
+            };
+        }
+    }
+}
+
+impl Station {
+    fn new() -> Result<Self> {
+        // SAFETY: epoll_create1 takes an integer.
+        let epoll = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+        if epoll < 0 {
+            return Err(Error::last_os("cannot create an epoll instance"));
+        }
+        // SAFETY: the kernel just returned this descriptor to us, and nobody else owns it.
+        let epoll = unsafe { OwnedFd::from_raw_fd(epoll) };
+        let wake = EventFd::create()?;
+        let station = Self {
+            epoll,
+            wake,
+            serve: unbounded(),
+            parts: unbounded(),
+        };
+        station.listen(station.wake.as_fd(), WAKE)?;
+        Ok(station)
+    }
+
+    /// Edge triggered: each write wakes one worker, and nobody has to read the counter.
+    fn listen(&self, fd: BorrowedFd<'_>, id: u64) -> Result<()> {
+        let events = (libc::EPOLLIN | libc::EPOLLET).cast_unsigned();
+        let mut event = libc::epoll_event { events, u64: id };
+        // SAFETY: both descriptors are open, and the event lives across the call.
+        let result = unsafe {
+            libc::epoll_ctl(
+                self.epoll.as_raw_fd(),
+                libc::EPOLL_CTL_ADD,
+                fd.as_raw_fd(),
+                &raw mut event,
+            )
+        };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(Error::last_os("cannot listen on an eventfd"))
+        }
+    }
+
+    /// Sleeps until there is something to do, or only looks whether there is; returns the mark of
+    /// what was signalled.
+    fn wait(&self, sleep: bool) -> Option<u64> {
+        let timeout = if sleep { -1 } else { 0 };
+        let mut event = libc::epoll_event { events: 0, u64: 0 };
+        // SAFETY: room for one event, as the third argument says.
+        let count = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), &raw mut event, 1, timeout) };
+        (count == 1).then_some(event.u64)
+    }
+}
+
+impl Pool {
+    pub(super) fn new(host: Host, workers: &[u32]) -> Result<Self> {
+        let stations = workers
+            .iter()
+            .map(|_| Station::new())
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            host,
+            stations,
+            workers: workers.iter().sum(),
+            kicks: RwLock::default(),
+            next_kick: AtomicU64::new(WAKE + 1),
+            stopping: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn workers(&self) -> u32 {
+        self.workers
+    }
+
+    pub(crate) fn node_count(&self) -> u32 {
+        self.host.node_count
+    }
+
+    /// The station of a node; memory of unknown nodes, or of nodes without processors, is at home
+    /// at the first.
+    pub(crate) fn station_of(&self, node: Option<NodeId>) -> usize {
+        let of_node = |id| self.host.nodes.iter().position(|node| node.id == id);
+        node.and_then(of_node).unwrap_or(0)
+    }
+
+    /// Listens on a queue's kick eventfd.
+    pub(crate) fn register(
+        self: &Arc<Self>,
+        station: usize,
+        fd: OwnedFd,
+        device: Weak<dyn Servable>,
+        queue: u16,
+    ) -> Result<KickRegistration> {
+        let id = self.next_kick.fetch_add(1, Ordering::Relaxed);
+        self.kicks.write().insert(id, Kick { device, queue });
+        let registration = KickRegistration {
+            pool: Arc::clone(self),
+            station,
+            id,
+            fd,
+        };
+        if let Some(station) = self.stations.get(station) {
+            station.listen(std::os::fd::AsFd::as_fd(&registration.fd), id)?;
+        }
+        Ok(registration)
+    }
+
+    /// Has a worker of `station` serve `device`.
+    pub(crate) fn submit(&self, station: usize, device: Arc<dyn Servable>) {
+        if let Some(station) = self.stations.get(station) {
+            // The station holds a receiver, so the channel is open.
+            let _ = station.serve.0.send(device);
+            station.wake.signal();
+        }
+    }
+
+    /// Runs all jobs, each preferably by a worker of its node, and returns their results when all
+    /// are done. The calling thread takes part; it may be a worker or any other thread.
+    pub(crate) fn scatter<T, J>(&self, jobs: impl Iterator<Item = (Option<NodeId>, J)>) -> Vec<T>
+    where
+        T: Send + 'static,
+        J: FnOnce() -> T + Send + 'static,
+    {
+        let (results, collect) = unbounded();
+        let mut own = None;
+        let mut expected = 0;
+        for (node, job) in jobs {
+            expected += 1;
+            if own.is_none() {
+                own = Some((self.station_of(node), job));
+                continue;
+            }
+            let results = results.clone();
+            let part: Part = Box::new(move || {
+                let _ = results.send(job());
+            });
+            if let Some(station) = self.stations.get(self.station_of(node)) {
+                let _ = station.parts.0.send(part);
+                station.wake.signal();
+            }
+        }
+        let mut done = Vec::with_capacity(expected);
+        let Some((home, job)) = own else { return done };
+        done.push(job());
+        drop(results);
+        let nothing = crossbeam_channel::never();
+        let parts = self
+            .stations
+            .get(home)
+            .map_or(&nothing, |station| &station.parts.1);
+        while done.len() < expected {
+            crossbeam_channel::select! {
+                recv(collect) -> result => match result {
+                    Ok(result) => done.push(result),
+                    // A part panicked: its result will not come. The pool logged it.
+                    Err(_) => break,
+                },
+                recv(parts) -> part => if let Ok(part) = part { run_caught(part) },
+            }
+        }
+        done
+    }
+
+    /// Makes every worker leave its loop.
+    pub(super) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        for station in &self.stations {
+            station.wake.signal();
+        }
+    }
+
+    /// A worker's life.
+    fn work(&self, station: &Station) {
+        let mut scratch = Scratch::default();
+        while !self.stopping.load(Ordering::Acquire) {
+            if let Ok(part) = station.parts.1.try_recv() {
+                run_caught(part);
+                continue;
+            }
+            // One kick and one waiting device a turn: neither can keep the other from its turn.
+            let kick = station
+                .wait(station.serve.1.is_empty())
+                .filter(|id| *id != WAKE);
+            if let Some(device) = kick.and_then(|id| self.kicked(id)) {
+                self.serve(station, device, &mut scratch);
+            }
+            if let Ok(device) = station.serve.1.try_recv() {
+                self.serve(station, device, &mut scratch);
+            }
+        }
+        // One edge wakes one worker: pass it on so that all of them leave.
+        station.wake.signal();
+    }
+
+    /// The device that the kick `id` belongs to, if it is to be served now and by us.
+    fn kicked(&self, id: u64) -> Option<Arc<dyn Servable>> {
+        let kicks = self.kicks.read();
+        let kick = kicks.get(&id)?;
+        let device = kick.device.upgrade()?;
+        device.kicked(kick.queue).then_some(device)
+    }
+
+    fn serve(&self, station: &Station, device: Arc<dyn Servable>, scratch: &mut Scratch) {
+        let again = catch_unwind(AssertUnwindSafe(|| device.serve(scratch)));
+        match again {
+            Ok(true) => {
+                // Behind whoever else waits: a busy device must not keep the others from a turn.
+                let _ = station.serve.0.send(device);
+            }
+            Ok(false) => {}
+            Err(_) => log::error!("serving a device panicked; please report this"),
+        }
+    }
+}
+
+/// Runs a part; a panic ends the part, not the worker.
+fn run_caught(part: Part) {
+    if catch_unwind(AssertUnwindSafe(part)).is_err() {
+        log::error!("a part of a discard panicked; please report this");
+    }
+}
+
+/// Starts a worker of the station at index `station`.
+pub(super) fn spawn(pool: &Arc<Pool>, station: usize, number: u32) -> Result<JoinHandle<()>> {
+    let pool = Arc::clone(pool);
+    std::thread::Builder::new()
+        .name(format!("aerostat-{station}.{number}"))
+        .spawn(move || {
+            if let Some(node) = pool.host.nodes.get(station) {
+                pool.host.bind_current_thread(node);
+            }
+            if let Some(station) = pool.stations.get(station) {
+                pool.work(station);
+            }
+        })
+        .map_err(|source| Error::Os {
+            what: "cannot start a worker thread",
+            source,
+        })
+}

@@ -1,0 +1,532 @@
+//! What a worker does with a device, and the state that it needs the lock for.
+
+use crate::balloon::{Balloon, bump};
+use crate::device::{DeviceState, QueueConfig, QueuePosition};
+use crate::error::{Error, Result};
+use crate::event::{EventFd, check_eventfd};
+use crate::memory::GuestMemory;
+use crate::metrics::Books;
+use crate::protocol::virtio_balloon::{
+    ConfigSpace, Features, QUEUES, Role, StatsBoard, Turn, role_of, serve_pages,
+};
+use crate::ring::RingError;
+use crate::ring::source::{Completion, Element, ElementQueue, RingQueue, Source};
+use crate::ring::split::{Layout, RingFeatures, SplitRing};
+use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable};
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::Mutex;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+
+/// The most elements that may wait for a device. VMMs have at most a queue's worth outstanding.
+const MAX_WAITING_ELEMENTS: usize = 1 << 16;
+
+/// A started queue.
+#[derive(Debug)]
+pub(crate) struct Queue {
+    source: Source,
+    /// Dropped with the queue: then no kick of it arrives any more.
+    _kick: Option<KickRegistration>,
+}
+
+/// Everything that serving changes.
+#[derive(Debug)]
+pub(crate) struct Service {
+    pub(crate) state: DeviceState,
+    pub(crate) features: Option<Features>,
+    pub(crate) balloon: Option<Balloon>,
+    pub(crate) inhibits: u32,
+    queues: [Option<Queue>; QUEUES as usize],
+}
+
+/// A device as its handle and the workers share it.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    this: Weak<Self>,
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) offered: Features,
+    pub(crate) config: ConfigSpace,
+    pub(crate) config_event: Option<EventFd>,
+    pub(crate) books: Books,
+    pub(crate) stats: StatsBoard,
+    pub(crate) service: Mutex<Service>,
+    /// The station that serves the device: that of most of its memory.
+    pub(crate) home: AtomicUsize,
+    /// Queues that were kicked and not looked at since, a bit each.
+    kicks: AtomicU32,
+    /// Whether a worker has the device, or it is on its way to one.
+    scheduled: AtomicBool,
+    submitted: (Sender<Element>, Receiver<Element>),
+    completed: (Sender<Completion>, Receiver<Completion>),
+    completion_event: Option<Arc<EventFd>>,
+    /// Elements submitted whose completion was not collected yet.
+    outstanding: AtomicUsize,
+    /// Copies of what is in the service, for those who must not wait.
+    state: AtomicU8,
+    pub(crate) features: AtomicU64,
+    pub(crate) memory_bytes: AtomicU64,
+    pub(crate) ballooned_bytes: AtomicU64,
+}
+
+impl Service {
+    /// The started queues, a bit each.
+    pub(crate) fn started(&self) -> u32 {
+        self.queues_that(|_| true)
+    }
+
+    /// The started queues whose elements the VMM pops, a bit each.
+    fn element_queues(&self) -> u32 {
+        self.queues_that(|queue| matches!(queue.source, Source::Elements(_)))
+    }
+
+    fn queues_that(&self, wanted: impl Fn(&Queue) -> bool) -> u32 {
+        let bits = self.queues.iter().zip(0..);
+        bits.filter(|(queue, _)| queue.as_ref().is_some_and(&wanted))
+            .fold(0, |mask, (_, bit)| mask | 1 << bit)
+    }
+
+    /// Fails unless features and memory are set.
+    pub(crate) fn ready(&self) -> Result<(Features, &Balloon)> {
+        let features = self.features.ok_or(Error::NotReady("set the features"))?;
+        let balloon = self
+            .balloon
+            .as_ref()
+            .ok_or(Error::NotReady("set the memory table"))?;
+        Ok((features, balloon))
+    }
+
+    fn queue(&mut self, index: u16) -> Option<&mut Queue> {
+        self.queues.get_mut(usize::from(index))?.as_mut()
+    }
+
+    /// The running rings as they would lie in another table.
+    pub(crate) fn moved_rings(&self, memory: &Arc<GuestMemory>) -> Result<Vec<Option<SplitRing>>> {
+        let moved = |queue: &Option<Queue>| match queue {
+            Some(Queue {
+                source: Source::Ring(queue),
+                ..
+            }) => queue.ring.moved(memory).map(Some),
+            _ => Ok(None),
+        };
+        self.queues.iter().map(moved).collect()
+    }
+
+    /// Goes on with the rings that [`Self::moved_rings`] returned.
+    pub(crate) fn replace_rings(&mut self, rings: Vec<Option<SplitRing>>) {
+        for (queue, ring) in self.queues.iter_mut().zip(rings) {
+            if let (
+                Some(Queue {
+                    source: Source::Ring(queue),
+                    ..
+                }),
+                Some(ring),
+            ) = (queue, ring)
+            {
+                queue.ring = ring;
+            }
+        }
+    }
+
+    pub(crate) fn set_call(&mut self, index: u16, call: Option<EventFd>) -> Result<()> {
+        match self.queue(index) {
+            Some(Queue {
+                source: Source::Ring(queue),
+                ..
+            }) => {
+                queue.call = call;
+                // The old descriptor may have swallowed a signal that the new one's owner needs.
+                if let Some(call) = &queue.call {
+                    call.signal();
+                }
+                Ok(())
+            }
+            _ => Err(Error::NoQueue {
+                index: u32::from(index),
+            }),
+        }
+    }
+
+    pub(crate) fn change_inhibits(&mut self, by: i32) {
+        self.inhibits = self.inhibits.saturating_add_signed(by);
+        let inhibited = self.inhibits > 0;
+        if let Some(balloon) = &mut self.balloon {
+            balloon.set_inhibited(inhibited);
+        }
+    }
+
+    /// The started queue that has `role`, and its index.
+    fn queue_of(&mut self, role: Role, started: u32) -> Option<(u16, &mut Queue)> {
+        let features = self.features?;
+        let index = (0..QUEUES).find(|index| {
+            started & (1 << index) != 0 && role_of(*index, features, started) == Some(role)
+        })?;
+        Some((index, self.queues.get_mut(usize::from(index))?.as_mut()?))
+    }
+
+    /// Serves the kicked queues for one turn; returns those that have more.
+    fn run(
+        &mut self,
+        kicks: u32,
+        shared: &Shared,
+        scratch: &mut Scratch,
+    ) -> Result<u32, RingError> {
+        let started = self.started();
+        let Some(mut balloon) = self.balloon.take() else {
+            return Ok(0);
+        };
+        let mut turn = Turn {
+            balloon: &mut balloon,
+            scratch,
+            books: &shared.books,
+            stats: &shared.stats,
+            poisoned: shared.config.poison_val() != 0
+                && self
+                    .features
+                    .is_some_and(|f| f.contains(Features::PAGE_POISON)),
+        };
+        let mut more = Ok(0);
+        for role in [Role::Inflate, Role::Deflate, Role::Stats, Role::Reporting] {
+            let Some((index, queue)) = self.queue_of(role, started) else {
+                continue;
+            };
+            if role == Role::Stats && kicks & Shared::STATS_REQUEST != 0 {
+                shared.stats.request(&mut queue.source);
+            }
+            if kicks & (1 << index) == 0 {
+                continue;
+            }
+            match serve_pages(role, &mut queue.source, &mut turn) {
+                Ok(true) => more = more.map(|mask| mask | 1 << index),
+                Ok(false) => {}
+                Err(error) => {
+                    log::warn!("queue {index} broke: {error}; the device needs a reset");
+                    more = Err(error);
+                    break;
+                }
+            }
+        }
+        self.balloon = Some(balloon);
+        more
+    }
+}
+
+impl Shared {
+    /// The mark, among the kicks, that asks for guest statistics.
+    pub(crate) const STATS_REQUEST: u32 = 1 << 31;
+
+    pub(crate) fn new(
+        runtime: &Runtime,
+        offered: Features,
+        config_event: Option<EventFd>,
+        completion_event: Option<Arc<EventFd>>,
+    ) -> Arc<Self> {
+        let service = Service {
+            state: DeviceState::Configuring,
+            features: None,
+            balloon: None,
+            inhibits: 0,
+            queues: [const { None }; QUEUES as usize],
+        };
+        Arc::new_cyclic(|this| Self {
+            this: Weak::clone(this),
+            pool: Arc::clone(runtime.pool()),
+            offered,
+            config: ConfigSpace::default(),
+            config_event,
+            books: Books::new(usize::try_from(runtime.nodes()).unwrap_or(1)),
+            stats: StatsBoard::default(),
+            service: Mutex::new(service),
+            home: AtomicUsize::new(0),
+            kicks: AtomicU32::new(0),
+            scheduled: AtomicBool::new(false),
+            submitted: unbounded(),
+            completed: unbounded(),
+            completion_event,
+            outstanding: AtomicUsize::new(0),
+            state: AtomicU8::new(DeviceState::Configuring as u8),
+            features: AtomicU64::new(0),
+            memory_bytes: AtomicU64::new(0),
+            ballooned_bytes: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn state(&self) -> DeviceState {
+        match self.state.load(Ordering::Acquire) {
+            1 => DeviceState::Active,
+            2 => DeviceState::Paused,
+            3 => DeviceState::NeedsReset,
+            _ => DeviceState::Configuring,
+        }
+    }
+
+    /// Shows the service's state to those who must not wait for it.
+    pub(crate) fn show(&self, service: &Service) {
+        self.state.store(service.state as u8, Ordering::Release);
+        self.features
+            .store(service.features.map_or(0, |f| f.bits()), Ordering::Release);
+        let balloon = service.balloon.as_ref();
+        let memory = balloon.map_or(0, |balloon| balloon.memory().total_bytes());
+        self.memory_bytes.store(memory, Ordering::Release);
+        let ballooned = balloon.map_or(0, Balloon::ballooned_bytes);
+        self.ballooned_bytes.store(ballooned, Ordering::Release);
+    }
+
+    /// Moves the device to the station of the node that holds most of its memory.
+    pub(crate) fn find_home(&self, memory: &GuestMemory) {
+        let bytes_on = |node| {
+            let of_node = memory.regions().iter().filter(|region| region.node == node);
+            of_node.map(|region| region.len_bytes).sum::<u64>()
+        };
+        let nodes = memory.regions().iter().map(|region| region.node);
+        let most = nodes.max_by_key(|node| bytes_on(*node)).flatten();
+        self.home
+            .store(self.pool.station_of(most), Ordering::Relaxed);
+    }
+
+    pub(crate) fn start_queue(
+        &self,
+        pool: &Arc<Pool>,
+        service: &mut Service,
+        index: u16,
+        config: QueueConfig,
+    ) -> Result<()> {
+        if index >= QUEUES {
+            return Err(Error::NoQueue {
+                index: u32::from(index),
+            });
+        }
+        if service.state == DeviceState::NeedsReset {
+            return Err(Error::NotReady("reset the device"));
+        }
+        if service.queue(index).is_some() {
+            return Err(Error::AlreadyStarted("the queue"));
+        }
+        let (features, balloon) = service.ready()?;
+        let queue = match config.ring {
+            None => Queue {
+                source: Source::Elements(ElementQueue {
+                    index,
+                    waiting: VecDeque::new(),
+                    completions: self.completed.0.clone(),
+                    event: self.completion_event.clone(),
+                    unpublished: false,
+                }),
+                _kick: None,
+            },
+            Some(ring) => {
+                let layout = Layout {
+                    size: config.size,
+                    desc: ring.desc,
+                    avail: ring.avail,
+                    used: ring.used,
+                    next_avail: ring.position.next_avail,
+                    next_used: ring.position.next_used,
+                };
+                let ring_features = RingFeatures {
+                    indirect: features.contains(Features::INDIRECT_DESC),
+                    event_idx: features.contains(Features::EVENT_IDX),
+                };
+                let split = SplitRing::new(balloon.memory(), layout, ring_features)?;
+                check_eventfd("kick", &ring.kick)?;
+                let call = ring.call.map(|fd| EventFd::new("call", fd)).transpose()?;
+                let home = self.home.load(Ordering::Relaxed);
+                let device: Weak<dyn Servable> = self.this.clone();
+                let kick = pool.register(home, ring.kick, device, index)?;
+                Queue {
+                    source: Source::Ring(RingQueue { ring: split, call }),
+                    _kick: Some(kick),
+                }
+            }
+        };
+        if let Some(slot) = service.queues.get_mut(usize::from(index)) {
+            *slot = Some(queue);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn stop_queue(&self, service: &mut Service, index: u16) -> Result<QueuePosition> {
+        self.accept_elements(service);
+        let started = service.started();
+        let is_stats = service
+            .queue_of(Role::Stats, started)
+            .is_some_and(|(at, _)| at == index);
+        let slot = service.queues.get_mut(usize::from(index));
+        let mut queue = slot.and_then(Option::take).ok_or(Error::NoQueue {
+            index: u32::from(index),
+        })?;
+        if is_stats {
+            self.stats.put_back(&mut queue.source);
+        }
+        queue.source.cancel();
+        Ok(match queue.source {
+            Source::Ring(queue) => {
+                let Layout {
+                    next_avail,
+                    next_used,
+                    ..
+                } = queue.ring.layout();
+                QueuePosition {
+                    next_avail,
+                    next_used,
+                }
+            }
+            Source::Elements(_) => QueuePosition::default(),
+        })
+    }
+
+    pub(crate) fn reset(&self, service: &mut Service) {
+        for index in 0..QUEUES {
+            // Queues that are not started have nothing to stop.
+            let _ = self.stop_queue(service, index);
+        }
+        self.stats.reset();
+        self.config.reset();
+        service.features = None;
+        service.state = DeviceState::Configuring;
+        if let Some(balloon) = &mut service.balloon {
+            balloon.reset(&self.books);
+        }
+        self.kicks.store(0, Ordering::Release);
+        self.show(service);
+    }
+
+    pub(crate) fn submit(&self, elements: Vec<Element>) -> Result<()> {
+        let count = elements.len();
+        let waiting = self.outstanding.fetch_add(count, Ordering::AcqRel);
+        if waiting + count > MAX_WAITING_ELEMENTS {
+            self.outstanding.fetch_sub(count, Ordering::AcqRel);
+            return Err(Error::Full(waiting));
+        }
+        let mut queues = 0;
+        for element in elements {
+            queues |= 1u32.checked_shl(u32::from(element.queue)).unwrap_or(0);
+            // The receiver is ours: the channel is open.
+            let _ = self.submitted.0.send(element);
+        }
+        if self.wake(queues & !Self::STATS_REQUEST)
+            && let Some(this) = self.this.upgrade()
+        {
+            self.pool.submit(self.home.load(Ordering::Relaxed), this);
+        }
+        Ok(())
+    }
+
+    /// Moves submitted elements to their queues; those without a queue go back.
+    fn accept_elements(&self, service: &mut Service) {
+        let mut unwanted = false;
+        while let Ok(element) = self.submitted.1.try_recv() {
+            match service.queue(element.queue) {
+                Some(Queue {
+                    source: Source::Elements(queue),
+                    ..
+                }) => {
+                    queue.waiting.push_back(element);
+                }
+                _ => {
+                    let Element { token, queue, .. } = element;
+                    let back = Completion {
+                        token,
+                        queue,
+                        written: 0,
+                        served: false,
+                    };
+                    let _ = self.completed.0.send(back);
+                    unwanted = true;
+                }
+            }
+        }
+        if let Some(event) = self.completion_event.as_ref().filter(|_| unwanted) {
+            event.signal();
+        }
+    }
+
+    /// Serves all elements that were submitted: a VMM that pauses wants them back.
+    pub(crate) fn finish_elements(&self, service: &mut Service) {
+        self.accept_elements(service);
+        let mut scratch = Scratch::default();
+        let waiting = |service: &Service| {
+            let queues = service.queues.iter().flatten();
+            queues
+                .map(|queue| queue.source.waiting_elements())
+                .sum::<usize>()
+        };
+        let mut left = waiting(service);
+        while left > 0 {
+            // Element queues cannot break. Elements of a queue without a role stay for the reset.
+            let _ = service.run(service.element_queues(), self, &mut scratch);
+            let before = std::mem::replace(&mut left, waiting(service));
+            if left == before {
+                break;
+            }
+        }
+        self.show(service);
+    }
+
+    pub(crate) fn completions(&self, max: usize, into: &mut Vec<Completion>) {
+        let before = into.len();
+        into.extend(self.completed.1.try_iter().take(max));
+        self.outstanding
+            .fetch_sub(into.len() - before, Ordering::AcqRel);
+    }
+
+    /// Notes work; true if the caller has to bring the device to a worker.
+    pub(crate) fn wake(&self, queues: u32) -> bool {
+        self.kicks.fetch_or(queues, Ordering::SeqCst);
+        !self.scheduled.swap(true, Ordering::SeqCst)
+    }
+
+    /// One turn under the lock; returns the queues that have more.
+    fn turn(&self, scratch: &mut Scratch) -> u32 {
+        let mut service = self.service.lock();
+        let kicks = self.kicks.swap(0, Ordering::SeqCst);
+        self.accept_elements(&mut service);
+        if service.state != DeviceState::Active {
+            return 0;
+        }
+        let more = service.run(kicks, self, scratch).unwrap_or_else(|_| {
+            self.books
+                .enter(|entry| bump(&mut entry.device().broken_rings, 1));
+            service.state = DeviceState::NeedsReset;
+            0
+        });
+        self.show(&service);
+        if service.state == DeviceState::NeedsReset
+            && let Some(event) = &self.config_event
+        {
+            event.signal();
+        }
+        more
+    }
+}
+
+/// Hands the device back to the kicks however a turn ends.
+struct Scheduled<'a>(&'a Shared);
+
+impl Drop for Scheduled<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let mut service = self.0.service.lock();
+            service.state = DeviceState::NeedsReset;
+            self.0.show(&service);
+            self.0.scheduled.store(false, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Servable for Shared {
+    fn kicked(&self, queue: u16) -> bool {
+        self.wake(1 << queue)
+    }
+
+    fn serve(&self, scratch: &mut Scratch) -> bool {
+        let guard = Scheduled(self);
+        let more = self.turn(scratch);
+        drop(guard);
+        self.kicks.fetch_or(more, Ordering::SeqCst);
+        self.scheduled.store(false, Ordering::SeqCst);
+        // A kick that came since the turn began found the device scheduled and went away.
+        let again = self.kicks.load(Ordering::SeqCst) != 0 || !self.submitted.1.is_empty();
+        again && !self.scheduled.swap(true, Ordering::SeqCst)
+    }
+}
