@@ -2,4 +2,5 @@
 
 pub mod artifacts;
 pub mod backend;
+pub mod demo;
 pub mod guest;

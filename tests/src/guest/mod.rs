@@ -23,7 +23,7 @@ use std::{io, path::PathBuf, time::Duration};
 pub use launch::UmlConfig;
 pub use memory::{GuestMemory, WorkingSet};
 pub use prerequisites::Prerequisites;
-pub use uml::UmlGuest;
+pub use uml::{HostMemoryGauge, UmlGuest};
 
 /// What can go wrong with a guest.
 #[derive(Debug, thiserror::Error)]

@@ -4,6 +4,7 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::Child,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -39,8 +40,27 @@ pub struct UmlGuest {
 struct Running {
     process: Child,
     console: Console,
-    ram: tempfile::TempDir,
-    ram_mount: OwnedFd,
+    host_memory: HostMemoryGauge,
+    _ram: tempfile::TempDir,
+}
+
+/// What a guest costs its host: the blocks in use on the tmpfs of its memory.
+#[derive(Clone, Debug)]
+pub struct HostMemoryGauge {
+    mount: Arc<OwnedFd>,
+    path: PathBuf,
+}
+
+impl HostMemoryGauge {
+    /// The figure now.
+    ///
+    /// # Errors
+    /// The file system cannot be asked.
+    pub fn read_bytes(&self) -> Result<u64, GuestError> {
+        let figures = rustix::fs::fstatvfs(&self.mount)
+            .map_err(|error| GuestError::io("asking", &self.path)(error.into()))?;
+        Ok((figures.f_blocks - figures.f_bfree) * figures.f_frsize)
+    }
 }
 
 impl UmlGuest {
@@ -100,14 +120,18 @@ impl UmlGuest {
         }
     }
 
-    /// Memory that the guest occupies on the host: the blocks in use on its own tmpfs.
+    /// Memory that the guest occupies on the host.
     ///
     /// # Errors
     /// The file system cannot be asked.
     pub fn host_memory_bytes(&self) -> Result<u64, GuestError> {
-        let figures = rustix::fs::fstatvfs(&self.running.ram_mount)
-            .map_err(|error| GuestError::io("asking", self.running.ram.path())(error.into()))?;
-        Ok((figures.f_blocks - figures.f_bfree) * figures.f_frsize)
+        self.running.host_memory.read_bytes()
+    }
+
+    /// A gauge of the same figure that another thread can read, until the next power cycle.
+    #[must_use]
+    pub fn host_memory_gauge(&self) -> HostMemoryGauge {
+        self.running.host_memory.clone()
     }
 
     /// Reboots from inside: the guest's kernel starts again in the same host process, with new
@@ -194,11 +218,11 @@ impl Running {
             .wait_until_ready(config.boot_timeout)
             .and_then(|()| open_mount(&process, ram.path()));
         match booted {
-            Ok(ram_mount) => Ok(Self {
+            Ok(host_memory) => Ok(Self {
                 process,
                 console,
-                ram,
-                ram_mount,
+                host_memory,
+                _ram: ram,
             }),
             Err(error) => {
                 end(&mut process, &mut console);
@@ -215,16 +239,16 @@ impl Drop for Running {
 }
 
 /// Opens the guest's tmpfs, which only its own namespace sees, through one of its processes.
-fn open_mount(process: &Child, ram: &Path) -> Result<OwnedFd, GuestError> {
+fn open_mount(process: &Child, ram: &Path) -> Result<HostMemoryGauge, GuestError> {
     let inside = ram.strip_prefix("/").unwrap_or(ram);
-    let path: PathBuf = format!("/proc/{}/root", process.id()).into();
-    let path = path.join(inside);
-    rustix::fs::open(
-        &path,
-        OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::PATH,
-        Mode::empty(),
-    )
-    .map_err(|error| GuestError::io("opening", &path)(error.into()))
+    let path = PathBuf::from(format!("/proc/{}/root", process.id())).join(inside);
+    let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::PATH;
+    let mount = rustix::fs::open(&path, flags, Mode::empty())
+        .map_err(|error| GuestError::io("opening", &path)(error.into()))?;
+    Ok(HostMemoryGauge {
+        mount: Arc::new(mount),
+        path,
+    })
 }
 
 /// Kills the guest. The process known here is the one that made the namespaces; its death takes the
