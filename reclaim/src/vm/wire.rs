@@ -116,8 +116,8 @@ impl PageCounters {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct NodeStatus {
-    /// The host node's number.
-    pub node: u32,
+    /// The host node's number; `None` is memory whose node is not known.
+    pub node: Option<u32>,
     /// What happened to the pages of this node.
     pub counters: PageCounters,
 }
@@ -226,7 +226,7 @@ mod tests {
         assert_eq!(status.counters.requested_bytes, 7);
         assert_eq!(
             (
-                status.nodes[0].node,
+                status.nodes[0].node.unwrap(),
                 status.nodes[0].counters.discarded_bytes
             ),
             (3, 5)
