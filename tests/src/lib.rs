@@ -1,1 +1,6 @@
-//! placeholder
+//! Test support: real guests, and the programs that show the library at work on them.
+
+pub mod artifacts;
+pub mod backend;
+pub mod demo;
+pub mod guest;
