@@ -209,7 +209,10 @@
  */
 #define AEROSTAT_QUEUE_ELEMENT (1u << 0)
 
-/** The element was not served, because the device was reset first: unpop it or drop it. */
+/**
+ * The element was not served: the device was reset, its queue was stopped, or the queue is not
+ * started as an element queue. Nothing was written to it. Unpop it, or drop it.
+ */
 #define AEROSTAT_COMPLETION_UNSERVED (1 << 0)
 
 /** How many values `struct aerostat_guest_stats` has. */
@@ -384,7 +387,7 @@ struct aerostat_queue_config {
     uint32_t size;
     /** AEROSTAT_QUEUE_* bits. */
     uint32_t flags;
-    /** Number of descriptors: a power of two up to 32768. */
+    /** Number of descriptors: a power of two up to 32768. Not looked at for element queues. */
     uint16_t queue_size;
     /**
      * Where to go on in the available ring: 0 for a new ring, else as aerostat_device_stop_queue()
@@ -474,7 +477,10 @@ struct aerostat_balloon {
      * as the guest likes (requirement A1).
      */
     uint64_t actual_bytes;
-    /** Bytes that it holds by the device's own count of distinct pages. */
+    /**
+     * Bytes that it holds by the device's own count of distinct pages. The count may follow a moment
+     * after the guest was told.
+     */
     uint64_t ballooned_bytes;
     /** Bytes of guest memory: the sum of the table's regions; 0 without a table. */
     uint64_t memory_bytes;
@@ -490,9 +496,9 @@ struct aerostat_guest_stats {
     uint32_t present;
     /** The values, by enum aerostat_stat; 0 where the guest sent none. */
     uint64_t values[16];
-    /** How often the guest has told since the device was activated. */
+    /** How often the guest has told since the device was activated; 0: it has not yet. */
     uint64_t sequence;
-    /** How old the values are, in milliseconds. */
+    /** How old the values are, in milliseconds; 0 as long as there are none. */
     uint64_t age_ms;
     /** 0. */
     uint64_t reserved[4];
@@ -624,11 +630,11 @@ int aerostat_set_log(aerostat_log_callback callback, void *user, int level);
 /**
  * Finds out what the host can do, and starts the threads that serve devices.
  *
- * All threads of the library are started before this returns, with all signals blocked. Their
- * system calls, for a seccomp filter, are listed in docs/c-abi.md.
+ * All threads of the library are started before this returns. The system calls that they make, for
+ * a seccomp filter, are listed in docs/c-abi.md.
  *
  * Returns: 0, or
- * -EINVAL (an unknown flag, or too many workers),
+ * -EINVAL (an unknown flag, or more than 64 workers a node),
  * -EMSGSIZE, -E2BIG (config->size),
  * -EFAULT (a pointer is NULL),
  * or what the operating system answered (-EAGAIN, -EMFILE, -ENOMEM, -EPERM) if threads or
@@ -651,9 +657,10 @@ int aerostat_runtime_new(const struct aerostat_runtime_config *config,
 void aerostat_runtime_destroy(struct aerostat_runtime **runtime);
 
 /**
- * Counts the host's NUMA nodes that have memory.
+ * Tells how far the host's NUMA nodes are numbered: aerostat_device_node_counters() takes numbers
+ * below this one, and -1.
  *
- * Returns: the number of nodes, at least 1, or -EFAULT if runtime is NULL.
+ * Returns: one more than the highest number of a node, or -EFAULT if runtime is NULL.
  *
  * Threads: any.
  */
@@ -712,8 +719,9 @@ void aerostat_memory_destroy(struct aerostat_memory **memory);
  * -EFAULT (a pointer is NULL),
  * or what the operating system answered. On failure *out is NULL.
  *
- * Lifetime: config is read during the call only, and descriptors are duplicated. Eventfds should
- * be EFD_NONBLOCK. The device keeps the runtime's threads alive.
+ * Lifetime: config is read during the call only, and descriptors are duplicated. Eventfds become
+ * non-blocking, which they share with the caller's descriptors. The device keeps the runtime's
+ * threads alive.
  *
  * Threads: any.
  */
@@ -763,7 +771,7 @@ int aerostat_device_set_memory(struct aerostat_device *device,
  * looked at once, kicked or not (VIRTIO 1.4, 3.1.1; requirement S2).
  *
  * Returns: 0, or
- * -ENOTCONN (memory is not set, or no queue is started),
+ * -ENOTCONN (features or memory are not set, or a ring broke and the device was not reset),
  * -EALREADY (it is active already),
  * -EBUSY (it is paused: aerostat_device_resume()),
  * -EFAULT (device is NULL).
@@ -776,10 +784,12 @@ int aerostat_device_activate(struct aerostat_device *device);
  * Stops serving, for a stopped VM or a snapshot, and waits until nothing is in flight (invariant
  * I2). Pausing a paused device does nothing.
  *
- * From then on guest memory is neither read nor written nor discarded, and no eventfd is signalled.
- * Kicks and elements that come meanwhile are served after aerostat_device_resume().
+ * All submitted elements are served first, and their completions can be collected, but for the
+ * buffer of the stats queue, which stays with the device. From then on guest memory is neither read
+ * nor written nor discarded. Kicks that come meanwhile are served after aerostat_device_resume();
+ * elements are refused.
  *
- * Returns: 0, or -ENOTCONN (it is not active), -EFAULT (device is NULL).
+ * Returns: 0, or -ENOTCONN (it was not activated, or needs a reset), -EFAULT (device is NULL).
  *
  * Threads: any; may wait for milliseconds.
  */
@@ -858,12 +868,13 @@ int aerostat_device_features(const struct aerostat_device *device,
  * Takes the driver's selection of features: what a VMM calls when the driver sets FEATURES_OK
  * (VIRTIO 1.4, 3.1.1; requirement S1). If it is refused, FEATURES_OK has to stay clear.
  *
- * Returns: 0, or -ENOTSUP (features that were not offered, or that contradict each other),
- * -EALREADY (the device is active: reset it first), -EFAULT (device is NULL).
+ * Returns: 0, or -ENOTSUP (features that were not offered), -EALREADY (a queue is started already:
+ * reset the device first), -EFAULT (device is NULL).
  *
  * Threads: any.
  */
-int aerostat_device_set_features(struct aerostat_device *device, uint64_t features);
+int aerostat_device_set_features(struct aerostat_device *device,
+                                 uint64_t features);
 
 /**
  * Reads len bytes of the configuration space from offset on, for a driver's read (VIRTIO 1.4,
@@ -900,8 +911,8 @@ int aerostat_device_write_config(struct aerostat_device *device,
 /**
  * Starts a queue: before aerostat_device_activate(), or while the device is active or paused.
  *
- * A ring's queue needs aerostat_device_set_features() and aerostat_device_set_memory() first
- * (VIRTIO 1.4, 2.7 split virtqueues).
+ * aerostat_device_set_features() and aerostat_device_set_memory() come first (VIRTIO 1.4, 2.7 split
+ * virtqueues).
  *
  * Returns: 0, or
  * -ENOENT (index is 5 or more),
@@ -910,12 +921,12 @@ int aerostat_device_write_config(struct aerostat_device *device,
  * -EADDRNOTAVAIL (an address is not aligned),
  * -ERANGE (a ring is not inside one memory region),
  * -EBADF (kick_fd is no open eventfd, or call_fd neither -1 nor one),
- * -ENOTCONN (memory or features are not set; for rings),
+ * -ENOTCONN (features or memory are not set, or the device needs a reset),
  * -EMSGSIZE, -E2BIG (config->size),
  * -EFAULT (a pointer is NULL).
  *
- * Lifetime: config is read during the call only, and descriptors are duplicated. Eventfds should
- * be EFD_NONBLOCK.
+ * Lifetime: config is read during the call only, and descriptors are duplicated. Eventfds become
+ * non-blocking, which they share with the caller's descriptors.
  *
  * Threads: any.
  */
@@ -925,7 +936,8 @@ int aerostat_device_start_queue(struct aerostat_device *device,
 
 /**
  * Stops a queue after what is in flight on it, and tells how far it was served. The queue can be
- * started again there, by this process or another one.
+ * started again there, by this process or another one. A held stats buffer goes back into its ring;
+ * elements that were not served complete with AEROSTAT_COMPLETION_UNSERVED.
  *
  * Returns: 0 and the position in *out (zeros for an element queue), or -ENOENT (index is 5 or more,
  * or the queue is not started), -EMSGSIZE or -EFAULT (out; device is NULL).
@@ -937,8 +949,8 @@ int aerostat_device_stop_queue(struct aerostat_device *device,
                                struct aerostat_queue_position *out);
 
 /**
- * Replaces the eventfd that interrupts are signalled on, while the queue runs. An interrupt that is
- * due during the change is signalled on one of the two.
+ * Replaces the eventfd that interrupts are signalled on, while the queue runs. The new one is
+ * signalled once, in case that the old one swallowed an interrupt.
  *
  * Returns: 0, or -ENOENT (index is 5 or more, or no ring is started there), -EBADF (call_fd is
  * neither -1 nor an open eventfd), -EFAULT (device is NULL).
@@ -961,9 +973,10 @@ int aerostat_device_set_queue_call(struct aerostat_device *device,
  *
  * Returns: 0, or
  * -EAGAIN (too many elements wait: collect completions first),
- * -ENOENT (no such queue, or it is not started as an element queue),
+ * -ENOENT (no queue has such a number),
  * -EINVAL (an unknown flag, or more than 65536 elements or iovecs),
- * -ENOTCONN (the device is not active, nor paused),
+ * -ENOTCONN (the device is not active),
+ * -EBUSY (it is paused),
  * -EFAULT (a pointer is NULL whose count is not 0).
  *
  * Lifetime: elements, and its arrays of iovecs, are read during the call only. What the iovecs
@@ -999,8 +1012,8 @@ int aerostat_device_completions(struct aerostat_device *device,
  * tries again only when told again (requirement S11). Allowed in every state; the target survives
  * a reset. The guest follows at its own pace, and as far as it can (requirements A1, A2).
  *
- * Returns: 0, or -ERANGE or -EINVAL (more than the device's configuration space can express),
- * -EFAULT (device is NULL).
+ * Returns: 0, or -EINVAL (more than the guest's memory, or 16 TiB and more, which the configuration
+ * space cannot tell), -EFAULT (device is NULL).
  *
  * Threads: any. Never waits for the guest.
  */
@@ -1018,14 +1031,15 @@ int aerostat_device_query(const struct aerostat_device *device, struct aerostat_
 
 /**
  * Tells what the guest last said of its memory. With a timeout it asks the guest first and waits
- * for the answer; with 0 it takes what is there.
+ * for the answer; with 0 it takes what is there, in every state, which may be nothing.
  *
  * Returns: 0, or
+ * -EMSGSIZE (out->size is too small), -EFAULT (a pointer is NULL),
+ * and with a timeout also
  * -ENOTSUP (AEROSTAT_FEATURE_STATS_VQ is not negotiated),
- * -ENOTCONN (the device is not active, or the driver has not told anything yet),
- * -EBUSY (the device is paused, and timeout_ms is not 0),
- * -ETIMEDOUT (the guest did not answer in time; what it said before can be had with 0),
- * -EMSGSIZE (out->size is too small), -EFAULT (a pointer is NULL).
+ * -ENOTCONN (the device is not active),
+ * -EBUSY (it is paused),
+ * -ETIMEDOUT (the guest did not answer in time).
  *
  * Threads: any that may wait for timeout_ms; not one that the guest needs in order to answer.
  */

@@ -110,6 +110,18 @@ static struct aerostat_balloon query(struct aerostat_device *device)
     return balloon;
 }
 
+/* The count of pages may follow a moment after the completion. */
+static int balloon_becomes(struct aerostat_device *device, uint64_t bytes)
+{
+    for (int tries = 0; tries < 1000; tries++) {
+        if (query(device).ballooned_bytes == bytes) {
+            return 1;
+        }
+        usleep(10000);
+    }
+    return 0;
+}
+
 static struct aerostat_counters counters(struct aerostat_device *device)
 {
     struct aerostat_counters counters;
@@ -179,16 +191,16 @@ int main(void)
     run(device, completion_fd, 2);
     CHECK(popped[0].written_bytes == 0 && popped[0].flags == 0);
     CHECK(!balloon_is_resident(&guest));
-    CHECK(query(device).ballooned_bytes == BALLOON_BYTES);
+    CHECK(balloon_becomes(device, BALLOON_BYTES));
 
-    /* While the device is paused, elements wait. */
-    OK(aerostat_device_pause(device));
+    /* The VM stops: what was submitted before is served when the call returns. */
     popped[0] = pop_pfns(DEFLATE, buffers[0], FIRST_PFN, 256);
     submit(device, &popped[0]);
-    CHECK(push_completed(device) == 0);
+    OK(aerostat_device_pause(device));
+    CHECK(push_completed(device) == 1 && popped[0].flags == 0);
+    CHECK(balloon_becomes(device, BALLOON_BYTES / 2));
     OK(aerostat_device_resume(device));
-    run(device, completion_fd, 1);
-    CHECK(query(device).ballooned_bytes == BALLOON_BYTES / 2);
+    CHECK(wait_eventfd(completion_fd));
 
     /* Reported pages are freed as well, but stay the guest's. */
     memset(&popped[0], 0, sizeof(popped[0]));
@@ -204,7 +216,7 @@ int main(void)
     CHECK(page_is_resident(&guest, REPORTED_PFN - 1));
     CHECK(page_is_resident(&guest, REPORTED_PFN + 512));
     CHECK(counters(device).report.discarded_bytes == REPORTED_BYTES);
-    CHECK(query(device).ballooned_bytes == BALLOON_BYTES / 2);
+    CHECK(balloon_becomes(device, BALLOON_BYTES / 2));
 
     /* Device assignment begins: the guest is served, its memory stays. */
     OK(aerostat_device_inhibit(device));
@@ -215,15 +227,21 @@ int main(void)
     CHECK(counters(device).balloon.skipped_inhibited_bytes == 256 * PAGE_BYTES);
     OK(aerostat_device_uninhibit(device));
 
-    /* A reset: what was submitted and not served comes back as such. */
-    OK(aerostat_device_pause(device));
-    popped[1] = pop_pfns(INFLATE, buffers[1], 512, 256);
+    /* What cannot be served comes back as such. */
+    popped[1] = pop_pfns(QUEUES, buffers[1], 512, 256);
+    submit(device, &popped[1]);
+    run(device, completion_fd, 1);
+    CHECK(popped[1].flags == AEROSTAT_COMPLETION_UNSERVED);
+    CHECK(page_is_resident(&guest, 512));
+
+    /* A reset: what was submitted comes back, served or not, and nothing comes later. */
+    popped[1] = pop_pfns(INFLATE, buffers[1], 256, 256);
     submit(device, &popped[1]);
     OK(aerostat_device_reset(device));
-    CHECK(push_completed(device) == 1);
-    CHECK(popped[1].pushed && popped[1].flags == AEROSTAT_COMPLETION_UNSERVED);
-    CHECK(page_is_resident(&guest, 512));
-    CHECK(query(device).ballooned_bytes == 0);
+    CHECK(push_completed(device) == 1 && popped[1].pushed);
+    CHECK(push_completed(device) == 0);
+    CHECK(wait_eventfd(completion_fd));
+    CHECK(balloon_becomes(device, 0));
     CHECK(query(device).state == AEROSTAT_STATE_CONFIGURING);
 
     /* The driver starts again. */

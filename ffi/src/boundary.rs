@@ -23,6 +23,17 @@ pub(crate) enum Refusal {
     /// A structure carries more than this version understands (`E2BIG`).
     #[error("{name} has non-zero bytes behind byte {known}, which this version does not know")]
     TooLong { name: &'static str, known: usize },
+    /// A structure claims to be longer than any will ever be (`E2BIG`).
+    #[error("{name}.size is {size}; set it to sizeof(struct {name})")]
+    Oversize { name: &'static str, size: u32 },
+    /// A region ends behind its file (`ERANGE`).
+    #[error(
+        "a memory region ends behind its file: offset {offset:#x}, length {len:#x}, file {file:#x}"
+    )]
+    BehindFile { offset: u64, len: u64, file: u64 },
+    /// A node's number is negative and not -1 (`EINVAL`).
+    #[error("node is {0}, expected -1 or the number of a host node")]
+    NegativeNode(i32),
     /// An earlier call on this handle panicked (`ENOTRECOVERABLE`).
     #[error("an earlier call on this device hit a bug in the library; destroy the device")]
     Poisoned,
@@ -51,7 +62,9 @@ impl Refusal {
         match self {
             Self::Null(_) => libc::EFAULT,
             Self::TooShort { .. } => libc::EMSGSIZE,
-            Self::TooLong { .. } => libc::E2BIG,
+            Self::TooLong { .. } | Self::Oversize { .. } => libc::E2BIG,
+            Self::BehindFile { .. } => libc::ERANGE,
+            Self::NegativeNode(_) => libc::EINVAL,
             Self::Poisoned => libc::ENOTRECOVERABLE,
             Self::InsideCallback(_) => libc::EDEADLK,
             Self::Device(error) => error.errno(),

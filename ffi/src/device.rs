@@ -110,8 +110,9 @@ fn on_device_unit(
 /// -EFAULT (a pointer is NULL),
 /// or what the operating system answered. On failure *out is NULL.
 ///
-/// Lifetime: config is read during the call only, and descriptors are duplicated. Eventfds should
-/// be EFD_NONBLOCK. The device keeps the runtime's threads alive.
+/// Lifetime: config is read during the call only, and descriptors are duplicated. Eventfds become
+/// non-blocking, which they share with the caller's descriptors. The device keeps the runtime's
+/// threads alive.
 ///
 /// Threads: any.
 #[unsafe(no_mangle)]
@@ -128,16 +129,14 @@ pub unsafe extern "C" fn aerostat_device_new(
         // SAFETY: NULL, or as long as its size says (the rule for pointers).
         let config = unsafe { versioned::read(config) }?;
         check_flags("aerostat_device_config.flags", config.flags, 0)?;
+        let [config_event, completion_event] = fd::eventfd_pair(
+            ("aerostat_device_config.config_fd", config.config_fd),
+            ("aerostat_device_config.completion_fd", config.completion_fd),
+        )?;
         let config = DeviceConfig {
             features: config.features,
-            config_event: fd::optional_eventfd(
-                "aerostat_device_config.config_fd",
-                config.config_fd,
-            )?,
-            completion_event: fd::optional_eventfd(
-                "aerostat_device_config.completion_fd",
-                config.completion_fd,
-            )?,
+            config_event,
+            completion_event,
         };
         slot.fill(aerostat_device {
             device: Device::new(&runtime.runtime, config)?,
@@ -205,7 +204,7 @@ pub unsafe extern "C" fn aerostat_device_set_memory(
 /// looked at once, kicked or not (VIRTIO 1.4, 3.1.1; requirement S2).
 ///
 /// Returns: 0, or
-/// -ENOTCONN (memory is not set, or no queue is started),
+/// -ENOTCONN (features or memory are not set, or a ring broke and the device was not reset),
 /// -EALREADY (it is active already),
 /// -EBUSY (it is paused: aerostat_device_resume()),
 /// -EFAULT (device is NULL).
@@ -221,10 +220,12 @@ pub unsafe extern "C" fn aerostat_device_activate(device: *mut aerostat_device) 
 /// Stops serving, for a stopped VM or a snapshot, and waits until nothing is in flight (invariant
 /// I2). Pausing a paused device does nothing.
 ///
-/// From then on guest memory is neither read nor written nor discarded, and no eventfd is signalled.
-/// Kicks and elements that come meanwhile are served after aerostat_device_resume().
+/// All submitted elements are served first, and their completions can be collected, but for the
+/// buffer of the stats queue, which stays with the device. From then on guest memory is neither read
+/// nor written nor discarded. Kicks that come meanwhile are served after aerostat_device_resume();
+/// elements are refused.
 ///
-/// Returns: 0, or -ENOTCONN (it is not active), -EFAULT (device is NULL).
+/// Returns: 0, or -ENOTCONN (it was not activated, or needs a reset), -EFAULT (device is NULL).
 ///
 /// Threads: any; may wait for milliseconds.
 #[unsafe(no_mangle)]

@@ -4,11 +4,13 @@
 use crate::boundary::{Outcome, Refusal, check_flags};
 use crate::device::{aerostat_device, on_device};
 use crate::handle;
+use crate::queue::queue_index;
 use ::aerostat_device::{Element, IoVec};
 use libc::iovec;
 use std::ffi::c_int;
 
-/// The element was not served, because the device was reset first: unpop it or drop it.
+/// The element was not served: the device was reset, its queue was stopped, or the queue is not
+/// started as an element queue. Nothing was written to it. Unpop it, or drop it.
 pub const AEROSTAT_COMPLETION_UNSERVED: u16 = 1u16 << 0;
 
 /// The most iovecs that one part of an element may have: as many as the largest queue has
@@ -67,9 +69,10 @@ const _: () = assert!(size_of::<aerostat_completion>() == 16);
 ///
 /// Returns: 0, or
 /// -EAGAIN (too many elements wait: collect completions first),
-/// -ENOENT (no such queue, or it is not started as an element queue),
+/// -ENOENT (no queue has such a number),
 /// -EINVAL (an unknown flag, or more than 65536 elements or iovecs),
-/// -ENOTCONN (the device is not active, nor paused),
+/// -ENOTCONN (the device is not active),
+/// -EBUSY (it is paused),
 /// -EFAULT (a pointer is NULL whose count is not 0).
 ///
 /// Lifetime: elements, and its arrays of iovecs, are read during the call only. What the iovecs
@@ -99,13 +102,12 @@ pub unsafe extern "C" fn aerostat_device_submit(
         let elements = (0..n)
             .map(|index| {
                 // SAFETY: index is below n, so the element may be read, and the arrays that it
-                // points to as well (the header's rule for pointers).
+                // points to as well (the header's rule for pointers); what the iovecs point to stays
+                // mapped until the completion (this function's contract).
                 unsafe { element(&elements.add(index).read_unaligned()) }
             })
             .collect::<Outcome<Vec<Element>>>()?;
-        // SAFETY: the caller keeps mapped what the iovecs point to until it has collected the
-        // completions or reset the device (this function's contract).
-        unsafe { device.submit(elements) }?;
+        device.submit(elements)?;
         Ok(0)
     })
 }
@@ -158,11 +160,11 @@ pub unsafe extern "C" fn aerostat_device_completions(
 /// Copies an element and its arrays.
 ///
 /// # Safety
-/// `readable` and `writable` are NULL, or may be read for as many iovecs as their counts say.
+/// `readable` and `writable` are NULL, or may be read for as many iovecs as their counts say. What
+/// the iovecs point to stays mapped until the element's completion was collected, or a reset.
 unsafe fn element(from: &aerostat_element) -> Outcome<Element> {
     check_flags("aerostat_element.flags", from.flags, 0)?;
-    let queue = u16::try_from(from.queue)
-        .map_err(|_| ::aerostat_device::Error::NoQueue { index: from.queue })?;
+    let queue = queue_index(from.queue)?;
     // SAFETY: as the caller promises.
     let (readable, writable) = unsafe {
         (
@@ -181,7 +183,8 @@ unsafe fn element(from: &aerostat_element) -> Outcome<Element> {
 /// Copies an array of iovecs.
 ///
 /// # Safety
-/// `from` is NULL, or may be read for `count` iovecs.
+/// `from` is NULL, or may be read for `count` iovecs. What they point to stays mapped until the
+/// element's completion was collected, or a reset.
 unsafe fn iovecs(what: &'static str, from: *const iovec, count: u32) -> Outcome<Vec<IoVec>> {
     let count = count as usize;
     if count == 0 {
@@ -196,10 +199,8 @@ unsafe fn iovecs(what: &'static str, from: *const iovec, count: u32) -> Outcome<
     let copy = |index| {
         // SAFETY: index is below count, as the caller promises it may be read.
         let iovec = unsafe { from.add(index).read_unaligned() };
-        IoVec {
-            base: iovec.iov_base as usize,
-            len: iovec.iov_len,
-        }
+        // SAFETY: the memory stays mapped until the element is completed (as the caller promises).
+        unsafe { IoVec::new(iovec.iov_base as usize, iovec.iov_len) }
     };
     Ok((0..count).map(copy).collect())
 }

@@ -14,20 +14,36 @@ pub(crate) const NONE: RawFd = -1;
 /// What a region's descriptor has to be.
 const REGION_FILE: &str = "an open file that memory can be mapped from (memfd, tmpfs, hugetlbfs)";
 
+/// Duplicates two eventfds, each of which may be absent ([`NONE`]).
+///
+/// Both are looked at before either is duplicated: a duplicate gets the lowest number that is free,
+/// which may be that of a descriptor which the caller closed by mistake.
+pub(crate) fn eventfd_pair(
+    first: (&'static str, RawFd),
+    second: (&'static str, RawFd),
+) -> Outcome<[Option<OwnedFd>; 2]> {
+    for (what, fd) in [first, second] {
+        if fd != NONE && !is_open(fd) {
+            return Err(not_an_eventfd(what, fd).into());
+        }
+    }
+    Ok([
+        optional_eventfd(first.0, first.1)?,
+        optional_eventfd(second.0, second.1)?,
+    ])
+}
+
 /// Duplicates an eventfd. The duplicate is what is checked, so the caller cannot swap it meanwhile.
-pub(crate) fn eventfd(what: &'static str, fd: RawFd) -> Outcome<OwnedFd> {
-    let bad = Error::BadFd {
-        what,
-        fd,
-        expected: "an open eventfd",
-    };
+fn eventfd(what: &'static str, fd: RawFd) -> Outcome<OwnedFd> {
     let Some(duplicate) = duplicate(fd) else {
-        return Err(bad.into());
+        return Err(not_an_eventfd(what, fd).into());
     };
     // Eventfds are told apart only by /proc. Where there is none (a jail), the caller is believed.
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", duplicate.as_raw_fd()));
     match info {
-        Ok(info) if !info.lines().any(|line| line.starts_with("eventfd-count:")) => Err(bad.into()),
+        Ok(info) if !info.lines().any(|line| line.starts_with("eventfd-count:")) => {
+            Err(not_an_eventfd(what, fd).into())
+        }
         _ => Ok(duplicate),
     }
 }
@@ -37,6 +53,19 @@ pub(crate) fn optional_eventfd(what: &'static str, fd: RawFd) -> Outcome<Option<
     match fd {
         NONE => Ok(None),
         fd => eventfd(what, fd).map(Some),
+    }
+}
+
+/// Refuses the absence of a descriptor that is needed.
+pub(crate) fn required(what: &'static str, fd: Option<OwnedFd>) -> Outcome<OwnedFd> {
+    Ok(fd.ok_or_else(|| not_an_eventfd(what, NONE))?)
+}
+
+fn not_an_eventfd(what: &'static str, fd: RawFd) -> Error {
+    Error::BadFd {
+        what,
+        fd,
+        expected: "an open eventfd",
     }
 }
 
@@ -72,6 +101,11 @@ pub(crate) fn region_file(fd: RawFd, writable: bool) -> Outcome<RegionFile> {
         fd: duplicate,
         len_bytes: u64::try_from(status.st_size).unwrap_or(0),
     })
+}
+
+fn is_open(fd: RawFd) -> bool {
+    // SAFETY: F_GETFD takes no pointer, and fails for a descriptor that is not open.
+    unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
 }
 
 /// A duplicate of `fd` that is closed on exec; `None` if `fd` is not open.
@@ -136,6 +170,17 @@ mod tests {
         assert!(eventfd("fd", NONE).is_err());
         assert!(optional_eventfd("fd", NONE).unwrap().is_none());
         assert!(optional_eventfd("fd", -2).is_err());
+    }
+
+    #[test]
+    fn a_closed_descriptor_is_refused_beside_a_good_one() {
+        // SAFETY: as above.
+        let event = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_CLOEXEC)) };
+        let (good, closed) = (("a", event.as_raw_fd()), ("b", 1 << 20));
+        assert!(eventfd_pair(good, closed).is_err());
+        assert!(eventfd_pair(closed, good).is_err());
+        let [first, second] = eventfd_pair(good, ("b", NONE)).unwrap();
+        assert!(first.is_some() && second.is_none());
     }
 
     #[test]

@@ -76,8 +76,8 @@ pub unsafe extern "C" fn aerostat_device_features(
 /// Takes the driver's selection of features: what a VMM calls when the driver sets FEATURES_OK
 /// (VIRTIO 1.4, 3.1.1; requirement S1). If it is refused, FEATURES_OK has to stay clear.
 ///
-/// Returns: 0, or -ENOTSUP (features that were not offered, or that contradict each other),
-/// -EALREADY (the device is active: reset it first), -EFAULT (device is NULL).
+/// Returns: 0, or -ENOTSUP (features that were not offered), -EALREADY (a queue is started already:
+/// reset the device first), -EFAULT (device is NULL).
 ///
 /// Threads: any.
 #[unsafe(no_mangle)]

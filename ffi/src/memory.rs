@@ -6,7 +6,7 @@ use crate::fd;
 use crate::handle::{self, Handle, Slot};
 use crate::versioned::{self, Versioned};
 use ::aerostat_device::memory::{Gpa, MAX_REGIONS, NodeId};
-use ::aerostat_device::{Error, GuestMemory, Region};
+use ::aerostat_device::{GuestMemory, Region};
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
@@ -145,18 +145,19 @@ fn region(from: &aerostat_memory_region) -> Outcome<Region> {
     if let Some(file) = &file {
         let end = from.fd_offset_bytes.checked_add(from.len_bytes);
         if end.is_none_or(|end| end > file.len_bytes) {
-            return Err(Refusal::Device(Error::OutOfRange {
-                what: "the region's part of its file (file length exceeded)",
-                address: from.fd_offset_bytes,
+            return Err(Refusal::BehindFile {
+                offset: from.fd_offset_bytes,
                 len: from.len_bytes,
-            }));
+                file: file.len_bytes,
+            });
         }
     }
     Ok(Region {
         gpa: Gpa(from.gpa),
         len_bytes: from.len_bytes,
         hva: from.hva as usize,
-        fd: file.map(|file| Arc::new(file.fd)),
+        // Of a read-only region nothing is ever discarded, so its file is not needed any more.
+        fd: file.filter(|_| !readonly).map(|file| Arc::new(file.fd)),
         fd_offset_bytes: from.fd_offset_bytes,
         page_size_bytes,
         shared: from.flags & AEROSTAT_REGION_SHARED != 0,
@@ -171,10 +172,6 @@ pub(crate) fn node(number: i32) -> Outcome<Option<NodeId>> {
     match u32::try_from(number) {
         Ok(number) => Ok(Some(NodeId(number))),
         Err(_) if number == -1 => Ok(None),
-        Err(_) => Err(Refusal::invalid(
-            "node",
-            u64::from(number.unsigned_abs()),
-            "-1 or a host node's number (this one is negative)",
-        )),
+        Err(_) => Err(Refusal::NegativeNode(number)),
     }
 }

@@ -7,7 +7,7 @@ use crate::fd;
 use crate::handle;
 use crate::versioned::{self, Output, Versioned};
 use ::aerostat_device::memory::Gpa;
-use ::aerostat_device::{Error, QueueConfig, QueuePosition, RingConfig};
+use ::aerostat_device::{Device, Error, QueueConfig, QueuePosition, RingConfig};
 use std::ffi::c_int;
 
 /// The VMM pops this queue's elements itself and passes them to aerostat_device_submit(). The
@@ -26,7 +26,7 @@ pub struct aerostat_queue_config {
     pub size: u32,
     /// AEROSTAT_QUEUE_* bits.
     pub flags: u32,
-    /// Number of descriptors: a power of two up to 32768.
+    /// Number of descriptors: a power of two up to 32768. Not looked at for element queues.
     pub queue_size: u16,
     /// Where to go on in the available ring: 0 for a new ring, else as aerostat_device_stop_queue()
     /// returned it.
@@ -78,8 +78,8 @@ const _: () = assert!(size_of::<aerostat_queue_position>() == 32);
 
 /// Starts a queue: before aerostat_device_activate(), or while the device is active or paused.
 ///
-/// A ring's queue needs aerostat_device_set_features() and aerostat_device_set_memory() first
-/// (VIRTIO 1.4, 2.7 split virtqueues).
+/// aerostat_device_set_features() and aerostat_device_set_memory() come first (VIRTIO 1.4, 2.7 split
+/// virtqueues).
 ///
 /// Returns: 0, or
 /// -ENOENT (index is 5 or more),
@@ -88,12 +88,12 @@ const _: () = assert!(size_of::<aerostat_queue_position>() == 32);
 /// -EADDRNOTAVAIL (an address is not aligned),
 /// -ERANGE (a ring is not inside one memory region),
 /// -EBADF (kick_fd is no open eventfd, or call_fd neither -1 nor one),
-/// -ENOTCONN (memory or features are not set; for rings),
+/// -ENOTCONN (features or memory are not set, or the device needs a reset),
 /// -EMSGSIZE, -E2BIG (config->size),
 /// -EFAULT (a pointer is NULL).
 ///
-/// Lifetime: config is read during the call only, and descriptors are duplicated. Eventfds should
-/// be EFD_NONBLOCK.
+/// Lifetime: config is read during the call only, and descriptors are duplicated. Eventfds become
+/// non-blocking, which they share with the caller's descriptors.
 ///
 /// Threads: any.
 #[unsafe(no_mangle)]
@@ -130,7 +130,8 @@ pub unsafe extern "C" fn aerostat_device_start_queue(
 }
 
 /// Stops a queue after what is in flight on it, and tells how far it was served. The queue can be
-/// started again there, by this process or another one.
+/// started again there, by this process or another one. A held stats buffer goes back into its ring;
+/// elements that were not served complete with AEROSTAT_COMPLETION_UNSERVED.
 ///
 /// Returns: 0 and the position in *out (zeros for an element queue), or -ENOENT (index is 5 or more,
 /// or the queue is not started), -EMSGSIZE or -EFAULT (out; device is NULL).
@@ -157,8 +158,8 @@ pub unsafe extern "C" fn aerostat_device_stop_queue(
     })
 }
 
-/// Replaces the eventfd that interrupts are signalled on, while the queue runs. An interrupt that is
-/// due during the change is signalled on one of the two.
+/// Replaces the eventfd that interrupts are signalled on, while the queue runs. The new one is
+/// signalled once, in case that the old one swallowed an interrupt.
 ///
 /// Returns: 0, or -ENOENT (index is 5 or more, or no ring is started there), -EBADF (call_fd is
 /// neither -1 nor an open eventfd), -EFAULT (device is NULL).
@@ -181,17 +182,24 @@ pub unsafe extern "C" fn aerostat_device_set_queue_call(
     })
 }
 
-fn queue_index(index: u32) -> Outcome<u16> {
-    Ok(u16::try_from(index).map_err(|_| Error::NoQueue { index })?)
+/// Refuses indices that no queue of a balloon has.
+pub(crate) fn queue_index(index: u32) -> Outcome<u16> {
+    match u16::try_from(index) {
+        Ok(index) if index < Device::MAX_QUEUES => Ok(index),
+        _ => Err(Error::NoQueue { index }.into()),
+    }
 }
 
 fn ring(config: &aerostat_queue_config) -> Outcome<RingConfig> {
+    const KICK: &str = "aerostat_queue_config.kick_fd";
+    const CALL: &str = "aerostat_queue_config.call_fd";
+    let [kick, call] = fd::eventfd_pair((KICK, config.kick_fd), (CALL, config.call_fd))?;
     Ok(RingConfig {
         desc: Gpa(config.desc_gpa),
         avail: Gpa(config.avail_gpa),
         used: Gpa(config.used_gpa),
-        kick: fd::eventfd("aerostat_queue_config.kick_fd", config.kick_fd)?,
-        call: fd::optional_eventfd("aerostat_queue_config.call_fd", config.call_fd)?,
+        kick: fd::required(KICK, kick)?,
+        call,
         position: QueuePosition {
             next_avail: config.next_avail,
             next_used: config.next_used,

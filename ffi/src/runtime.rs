@@ -42,11 +42,11 @@ unsafe impl Versioned for aerostat_runtime_config {
 
 /// Finds out what the host can do, and starts the threads that serve devices.
 ///
-/// All threads of the library are started before this returns, with all signals blocked. Their
-/// system calls, for a seccomp filter, are listed in docs/c-abi.md.
+/// All threads of the library are started before this returns. The system calls that they make, for
+/// a seccomp filter, are listed in docs/c-abi.md.
 ///
 /// Returns: 0, or
-/// -EINVAL (an unknown flag, or too many workers),
+/// -EINVAL (an unknown flag, or more than 64 workers a node),
 /// -EMSGSIZE, -E2BIG (config->size),
 /// -EFAULT (a pointer is NULL),
 /// or what the operating system answered (-EAGAIN, -EMFILE, -ENOMEM, -EPERM) if threads or
@@ -86,9 +86,10 @@ pub unsafe extern "C" fn aerostat_runtime_destroy(runtime: *mut *mut aerostat_ru
     unsafe { handle::destroy(runtime) }
 }
 
-/// Counts the host's NUMA nodes that have memory.
+/// Tells how far the host's NUMA nodes are numbered: aerostat_device_node_counters() takes numbers
+/// below this one, and -1.
 ///
-/// Returns: the number of nodes, at least 1, or -EFAULT if runtime is NULL.
+/// Returns: one more than the highest number of a node, or -EFAULT if runtime is NULL.
 ///
 /// Threads: any.
 #[unsafe(no_mangle)]

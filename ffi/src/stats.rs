@@ -7,7 +7,7 @@ use crate::versioned::{Output, Versioned};
 use ::aerostat_device::GuestStats;
 use ::aerostat_device::metrics::STATS_TAGS;
 use std::ffi::c_int;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a value of `struct aerostat_guest_stats` is about (VIRTIO 1.4, 5.5.6.4; requirement S8).
 /// Counters start at the guest's boot.
@@ -64,9 +64,9 @@ pub struct aerostat_guest_stats {
     pub present: u32,
     /// The values, by enum aerostat_stat; 0 where the guest sent none.
     pub values: [u64; 16],
-    /// How often the guest has told since the device was activated.
+    /// How often the guest has told since the device was activated; 0: it has not yet.
     pub sequence: u64,
-    /// How old the values are, in milliseconds.
+    /// How old the values are, in milliseconds; 0 as long as there are none.
     pub age_ms: u64,
     /// 0.
     pub reserved: [u64; 4],
@@ -81,14 +81,15 @@ unsafe impl Versioned for aerostat_guest_stats {
 const _: () = assert!(size_of::<aerostat_guest_stats>() == 184);
 
 /// Tells what the guest last said of its memory. With a timeout it asks the guest first and waits
-/// for the answer; with 0 it takes what is there.
+/// for the answer; with 0 it takes what is there, in every state, which may be nothing.
 ///
 /// Returns: 0, or
+/// -EMSGSIZE (out->size is too small), -EFAULT (a pointer is NULL),
+/// and with a timeout also
 /// -ENOTSUP (AEROSTAT_FEATURE_STATS_VQ is not negotiated),
-/// -ENOTCONN (the device is not active, or the driver has not told anything yet),
-/// -EBUSY (the device is paused, and timeout_ms is not 0),
-/// -ETIMEDOUT (the guest did not answer in time; what it said before can be had with 0),
-/// -EMSGSIZE (out->size is too small), -EFAULT (a pointer is NULL).
+/// -ENOTCONN (the device is not active),
+/// -EBUSY (it is paused),
+/// -ETIMEDOUT (the guest did not answer in time).
 ///
 /// Threads: any that may wait for timeout_ms; not one that the guest needs in order to answer.
 #[unsafe(no_mangle)]
@@ -103,12 +104,16 @@ pub unsafe extern "C" fn aerostat_device_guest_stats(
         // SAFETY: NULL, or as long as its size says (the header's rule for pointers).
         let out = unsafe { Output::new(out) }?;
         let stats = device.guest_stats(Duration::from_millis(timeout_ms.into()))?;
-        out.fill(&to_c(&stats, monotonic_ns()));
+        out.fill(&to_c(&stats, Instant::now()));
         Ok(0)
     })
 }
 
-fn to_c(stats: &GuestStats, now_ns: u64) -> aerostat_guest_stats {
+fn to_c(stats: &GuestStats, now: Instant) -> aerostat_guest_stats {
+    let age_ms = |received| {
+        let age = now.saturating_duration_since(received);
+        u64::try_from(age.as_millis()).unwrap_or(u64::MAX)
+    };
     let mut present = 0;
     for (tag, value) in stats.values.iter().enumerate() {
         present |= u32::from(value.is_some()) << tag;
@@ -118,20 +123,9 @@ fn to_c(stats: &GuestStats, now_ns: u64) -> aerostat_guest_stats {
         present,
         values: stats.values.map(Option::unwrap_or_default),
         sequence: stats.sequence,
-        age_ms: now_ns.saturating_sub(stats.received_ns) / 1_000_000,
+        age_ms: stats.received.map_or(0, age_ms),
         reserved: [0; 4],
     }
-}
-
-fn monotonic_ns() -> u64 {
-    let mut now = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: clock_gettime writes one `timespec`; this clock always exists.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
-    let part = |value: i64| u64::try_from(value).unwrap_or(0);
-    part(now.tv_sec) * 1_000_000_000 + part(now.tv_nsec)
 }
 
 #[cfg(test)]
@@ -140,16 +134,23 @@ mod tests {
 
     #[test]
     fn absent_values_are_told_from_zeros() {
+        let now = Instant::now();
         let mut stats = GuestStats {
             sequence: 3,
-            received_ns: 5_000_000,
+            received: Some(now),
             ..Default::default()
         };
         stats.values[aerostat_stat::AEROSTAT_STAT_SWAP_OUT as usize] = Some(0);
         stats.values[aerostat_stat::AEROSTAT_STAT_DIRECT_RECLAIM as usize] = Some(7);
-        let stats = to_c(&stats, 9_999_999);
+        let stats = to_c(&stats, now + Duration::from_micros(4999));
         assert_eq!(stats.present, 1 << 1 | 1 << 15);
         assert_eq!((stats.values[1], stats.values[15]), (0, 7));
         assert_eq!((stats.sequence, stats.age_ms), (3, 4));
+    }
+
+    #[test]
+    fn a_guest_that_never_told_has_no_values_and_no_age() {
+        let stats = to_c(&GuestStats::default(), Instant::now());
+        assert_eq!((stats.present, stats.sequence, stats.age_ms), (0, 0, 0));
     }
 }

@@ -20,7 +20,8 @@ pub struct aerostat_balloon {
     /// Bytes that the guest says it holds (its `actual`). It may stay below the target for as long
     /// as the guest likes (requirement A1).
     pub actual_bytes: u64,
-    /// Bytes that it holds by the device's own count of distinct pages.
+    /// Bytes that it holds by the device's own count of distinct pages. The count may follow a moment
+    /// after the guest was told.
     pub ballooned_bytes: u64,
     /// Bytes of guest memory: the sum of the table's regions; 0 without a table.
     pub memory_bytes: u64,
@@ -42,8 +43,8 @@ const _: () = assert!(size_of::<aerostat_balloon>() == 72);
 /// tries again only when told again (requirement S11). Allowed in every state; the target survives
 /// a reset. The guest follows at its own pace, and as far as it can (requirements A1, A2).
 ///
-/// Returns: 0, or -ERANGE or -EINVAL (more than the device's configuration space can express),
-/// -EFAULT (device is NULL).
+/// Returns: 0, or -EINVAL (more than the guest's memory, or 16 TiB and more, which the configuration
+/// space cannot tell), -EFAULT (device is NULL).
 ///
 /// Threads: any. Never waits for the guest.
 #[unsafe(no_mangle)]

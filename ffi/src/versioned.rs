@@ -33,9 +33,9 @@ unsafe fn told_bytes<T: Versioned>(structure: *const T) -> Outcome<usize> {
     // SAFETY: not NULL, so four bytes may be read; they need not be aligned.
     let size = unsafe { structure.cast::<u32>().read_unaligned() };
     if size > MAX_BYTES {
-        return Err(Refusal::TooLong {
+        return Err(Refusal::Oversize {
             name: T::NAME,
-            known: size_of::<T>(),
+            size,
         });
     }
     let bytes = size as usize;

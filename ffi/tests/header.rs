@@ -3,6 +3,8 @@
 //! `make header` runs this test with `AEROSTAT_WRITE_HEADER=1`, which writes the file instead of
 //! comparing it.
 
+#![allow(clippy::unwrap_used, reason = "a helper of tests fails with the test")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

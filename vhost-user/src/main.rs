@@ -6,6 +6,7 @@
 //! operators and tools get at it. They share one runtime of worker threads; beyond it, each virtual
 //! machine has two threads that sleep unless somebody talks to them.
 
+mod books;
 mod channel;
 mod cli;
 mod control;

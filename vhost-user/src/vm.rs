@@ -4,10 +4,11 @@
 //! The target belongs to the virtual machine, not to a session: it is there when a guest comes back
 //! after a reboot, and before the first guest comes. The books go on over sessions as well.
 
+use crate::books::Books;
 use crate::mapping::MemoryTable;
 use crate::wake::Wake;
-use aerostat_device::memory::{BALLOON_PAGE_BYTES, NodeId};
-use aerostat_device::{Counters, Device, DeviceConfig, DeviceState, GuestStats, Runtime};
+use aerostat_device::memory::BALLOON_PAGE_BYTES;
+use aerostat_device::{Device, DeviceConfig, DeviceState, GuestStats, Runtime};
 use parking_lot::Mutex;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -86,34 +87,6 @@ struct State {
     past: Books,
 }
 
-/// Counters in total and by host node; the last entry is memory whose node is not known.
-#[derive(Clone, Debug)]
-pub(crate) struct Books {
-    pub(crate) total: Counters,
-    pub(crate) nodes: Vec<(Option<NodeId>, Counters)>,
-}
-
-impl Books {
-    fn empty(nodes: u32) -> Self {
-        let ids = (0..nodes).map(|id| Some(NodeId(id))).chain([None]);
-        Self {
-            total: Counters::default(),
-            nodes: ids.map(|id| (id, Counters::default())).collect(),
-        }
-    }
-
-    /// These books and those of a device.
-    fn plus(mut self, device: &Device) -> Self {
-        self.total = self.total + device.counters();
-        for (id, counters) in &mut self.nodes {
-            if let Ok(more) = device.node_counters(*id) {
-                *counters = *counters + more;
-            }
-        }
-        self
-    }
-}
-
 /// Where a virtual machine stands, as `aerostat-query` words it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum VmState {
@@ -139,7 +112,7 @@ pub(crate) struct Snapshot {
 
 impl Vm {
     pub(crate) fn new(name: String, runtime: Arc<Runtime>, features: u64) -> Arc<Self> {
-        let past = Books::empty(runtime.nodes());
+        let past = Books::new(runtime.nodes());
         Arc::new(Self {
             name,
             runtime,

@@ -125,7 +125,7 @@ impl PageCounters {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct NodeStatus {
-    /// The host node's number; absent for pages whose node is not known.
+    /// The host node's number; `None` is memory whose node is not known.
     pub node: Option<u32>,
     /// What happened to the pages of this node.
     pub counters: PageCounters,
@@ -145,8 +145,10 @@ pub struct DeviceStatus {
     pub actual_bytes: u64,
     /// How large the balloon is by the device's own record of page ownership.
     pub ballooned_bytes: u64,
-    /// Names of the features that the driver accepted.
-    pub features: Vec<String>,
+    /// Feature bits that the driver accepted.
+    pub features: u64,
+    /// Their names.
+    pub feature_names: Vec<String>,
     /// What happened to the pages, over all nodes.
     pub counters: PageCounters,
     /// The same for each host node.
@@ -235,7 +237,7 @@ mod tests {
         assert_eq!(status.counters.requested_bytes, 7);
         assert_eq!(
             (
-                status.nodes[0].node,
+                status.nodes[0].node.unwrap(),
                 status.nodes[0].counters.discarded_bytes
             ),
             (3, 5)
