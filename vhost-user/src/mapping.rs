@@ -9,6 +9,7 @@
 )]
 
 use crate::message::MemRegion;
+use crate::sigbus::Watched;
 use aerostat_device::memory::Gpa;
 use aerostat_device::{GuestMemory, Region};
 use rustix::fs::{FileType, fstat, fstatfs};
@@ -47,6 +48,8 @@ pub(crate) enum MapError {
 struct Mapping {
     address: usize,
     len: usize,
+    /// `None` once it is unmapped.
+    watched: Option<Watched>,
 }
 
 impl Mapping {
@@ -64,15 +67,27 @@ impl Mapping {
                 offset,
             )
         }?;
-        Ok(Self {
-            address: address as usize,
+        let address = address as usize;
+        // SAFETY: the mapping was just made, and stays until `drop` ends the watch. The guest's
+        // memory may be anything at any time, so zeros are as good as what was there.
+        let watched = unsafe { Watched::new(address, len) };
+        let mapping = Self {
+            address,
             len,
-        })
+            watched,
+        };
+        // Dropped, and so unmapped, if it cannot be watched.
+        match mapping.watched {
+            Some(_) => Ok(mapping),
+            None => Err(Errno::NFILE),
+        }
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        // First, so that nothing is put in the place of what comes there next.
+        self.watched = None;
         // SAFETY: the range is this mapping's own; that nothing refers to it any more is what
         // `MemoryTable` sees to, the only place that hands out addresses in it.
         let result = unsafe { munmap(self.address as *mut c_void, self.len) };
@@ -130,6 +145,12 @@ impl Slot {
             self.region.user_addr,
             self.region.len_bytes,
         ) == (region.gpa, region.user_addr, region.len_bytes)
+    }
+
+    /// Whether the front-end took the memory away under our hands.
+    pub(crate) fn is_lost(&self) -> bool {
+        let watched = self.mapping.watched.as_ref();
+        watched.is_some_and(Watched::is_lost)
     }
 
     /// The guest address of a front-end's address inside the region.
