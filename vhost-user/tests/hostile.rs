@@ -1,5 +1,11 @@
 //! Front-ends that send nonsense, lie, or die: each ends at most its own session. A second virtual
 //! machine on the same process is served throughout.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "a test program ends with a panic when anything is not as it should be"
+)]
 
 mod common;
 
