@@ -10,7 +10,7 @@
 
 use crate::message::MemRegion;
 use crate::sigbus::Watched;
-use aerostat_device::memory::Gpa;
+use aerostat_device::memory::{Gpa, NodeId};
 use aerostat_device::{GuestMemory, Region};
 use rustix::fs::{FileType, fstat, fstatfs};
 use rustix::io::Errno;
@@ -107,8 +107,12 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    /// Checks and maps a region.
-    pub(crate) fn map(region: MemRegion, file: OwnedFd) -> Result<Self, MapError> {
+    /// Checks and maps a region, whose memory is on host node `node` if that is known.
+    pub(crate) fn map(
+        region: MemRegion,
+        file: OwnedFd,
+        node: Option<NodeId>,
+    ) -> Result<Self, MapError> {
         let gpa = region.gpa;
         let end = check_range(region)?;
         let stat = fstat(&file).map_err(|source| MapError::Map { gpa, source })?;
@@ -132,7 +136,11 @@ impl Slot {
         let hva = mapping.address as u64 + slack;
         Ok(Self {
             region,
-            usable: usable_part(region, hva, page, Arc::new(file))?,
+            usable: usable_part(region, hva, page)?.map(|part| Region {
+                fd: Some(Arc::new(file)),
+                node,
+                ..part
+            }),
             mapping: Arc::new(mapping),
         })
     }
@@ -193,12 +201,7 @@ fn page_bytes(file: &OwnedFd) -> Result<u64, Errno> {
 
 /// The whole pages of a region. A region whose huge pages cannot be told from its guest addresses
 /// is served but never discarded: a part of a huge page would be zeroed and not freed.
-fn usable_part(
-    region: MemRegion,
-    hva: u64,
-    page: u64,
-    file: Arc<OwnedFd>,
-) -> Result<Option<Region>, MapError> {
+fn usable_part(region: MemRegion, hva: u64, page: u64) -> Result<Option<Region>, MapError> {
     let host_page = rustix::param::page_size() as u64;
     let fits = |page: u64| region.gpa % page == region.offset_bytes % page;
     let (page, pinned) = match (fits(page), fits(host_page)) {
@@ -231,7 +234,7 @@ fn usable_part(
         gpa: Gpa(start),
         len_bytes: end - start,
         hva: usize::try_from(hva + skipped).map_err(|_| MapError::Range(region.gpa))?,
-        fd: Some(file),
+        fd: None,
         fd_offset_bytes: region.offset_bytes + skipped,
         page_size_bytes: page,
         shared: true,
@@ -311,7 +314,7 @@ mod tests {
 
     #[test]
     fn a_table_translates_and_holds_what_was_mapped() {
-        let slot = Slot::map(region(0x10_0000, 0x4000, 0x2000), memfd(0x6000)).unwrap();
+        let slot = Slot::map(region(0x10_0000, 0x4000, 0x2000), memfd(0x6000), None).unwrap();
         let table = MemoryTable::new(std::slice::from_ref(&slot)).unwrap();
         assert_eq!(table.memory().total_bytes(), 0x4000);
         let slots = [slot];
@@ -329,18 +332,18 @@ mod tests {
 
     #[test]
     fn odd_ends_are_cut_to_whole_pages() {
-        let slot = Slot::map(region(0x10_0800, 0x3000, 0x800), memfd(0x4000)).unwrap();
+        let slot = Slot::map(region(0x10_0800, 0x3000, 0x800), memfd(0x4000), None).unwrap();
         let usable = slot.usable.unwrap();
         assert_eq!((usable.gpa, usable.len_bytes), (Gpa(0x10_1000), 0x2000));
         assert_eq!(usable.fd_offset_bytes, 0x1000);
         assert_eq!(usable.hva % 0x1000, 0);
-        let tiny = Slot::map(region(0x800, 0x700, 0x800), memfd(0x4000)).unwrap();
+        let tiny = Slot::map(region(0x800, 0x700, 0x800), memfd(0x4000), None).unwrap();
         assert!(tiny.usable.is_none());
     }
 
     #[test]
     fn regions_that_lie_are_refused() {
-        let refused = |region: MemRegion| Slot::map(region, memfd(0x4000)).unwrap_err();
+        let refused = |region: MemRegion| Slot::map(region, memfd(0x4000), None).unwrap_err();
         assert!(matches!(
             refused(region(0, 0x5000, 0)),
             MapError::BeyondFile { .. }
@@ -360,14 +363,14 @@ mod tests {
         ));
         let device = std::fs::File::open("/dev/zero").unwrap();
         assert!(matches!(
-            Slot::map(region(0, 0x1000, 0), device.into()),
+            Slot::map(region(0, 0x1000, 0), device.into(), None),
             Err(MapError::NotAFile { .. })
         ));
         let read_only = tempfile::NamedTempFile::new().unwrap();
         read_only.as_file().set_len(0x4000).unwrap();
         let file = std::fs::File::open(read_only.path()).unwrap();
         assert!(matches!(
-            Slot::map(region(0, 0x1000, 0), file.into()),
+            Slot::map(region(0, 0x1000, 0), file.into(), None),
             Err(MapError::Map { .. })
         ));
     }
