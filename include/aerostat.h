@@ -24,8 +24,8 @@
  *   kick, call   the eventfds by which a guest notifies a device, and a device a guest.
  *   inhibit      to forbid discarding, while the guest is still acknowledged.
  *
- * "Requirement" and "invariant" numbers refer to docs/requirements.md and docs/design.md; VIRTIO
- * sections to version 1.4 of the standard.
+ * docs/c-abi.md explains the requirements and invariants that are cited by number; sections of VIRTIO
+ * are those of version 1.4 of the standard.
  *
  * LIFE CYCLE
  *
@@ -163,7 +163,7 @@
 
 /**
  * VIRTIO_BALLOON_F_MUST_TELL_HOST: the guest waits for the acknowledgement of a deflate before it
- * uses the pages again. Lets the device discard after it has acknowledged an inflate.
+ * uses the pages again. The device may then discard after it has acknowledged an inflate.
  */
 #define AEROSTAT_FEATURE_MUST_TELL_HOST (1ull << 0)
 
@@ -173,7 +173,10 @@
 /** VIRTIO_BALLOON_F_DEFLATE_ON_OOM: the guest may take pages back when it runs out of memory. */
 #define AEROSTAT_FEATURE_DEFLATE_ON_OOM (1ull << 2)
 
-/** VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration. */
+/**
+ * VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration. Not offered by
+ * this version.
+ */
 #define AEROSTAT_FEATURE_FREE_PAGE_HINT (1ull << 3)
 
 /** VIRTIO_BALLOON_F_PAGE_POISON: the guest tells what it fills free pages with. */
@@ -191,10 +194,13 @@
 /** VIRTIO_F_VERSION_1: the device is not a legacy one. */
 #define AEROSTAT_FEATURE_VERSION_1 (1ull << 32)
 
-/** VIRTIO_F_RING_PACKED: queues are packed rings. */
+/** VIRTIO_F_RING_PACKED: queues are packed rings. Not offered by this version. */
 #define AEROSTAT_FEATURE_RING_PACKED (1ull << 34)
 
-/** VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available. */
+/**
+ * VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available. Not
+ * offered by this version.
+ */
 #define AEROSTAT_FEATURE_IN_ORDER (1ull << 35)
 
 /**
@@ -492,7 +498,7 @@ struct aerostat_balloon {
 struct aerostat_guest_stats {
     /** sizeof(struct aerostat_guest_stats), set by the caller. */
     uint32_t size;
-    /** Which values the guest sent: bit n stands for values[n]. */
+    /** Which values the guest sent: bit n stands for value n. */
     uint32_t present;
     /** The values, by enum aerostat_stat; 0 where the guest sent none. */
     uint64_t values[16];
@@ -630,8 +636,9 @@ int aerostat_set_log(aerostat_log_callback callback, void *user, int level);
 /**
  * Finds out what the host can do, and starts the threads that serve devices.
  *
- * All threads of the library are started before this returns. The system calls that they make, for
- * a seccomp filter, are listed in docs/c-abi.md.
+ * All threads of the library are started before this returns. They block all signals but those of
+ * faults (SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP). The system calls that they make, for a seccomp
+ * filter, are listed in docs/c-abi.md.
  *
  * Returns: 0, or
  * -EINVAL (an unknown flag, or more than 64 workers a node),

@@ -1,8 +1,8 @@
 //! A device's queues: rings that the library serves, or elements that the VMM pops.
 #![allow(unsafe_code, reason = "exports symbols to C")]
 
-use crate::boundary::{Outcome, check_flags};
-use crate::device::{aerostat_device, check_padding, on_device};
+use crate::boundary::{Outcome, check_flags, check_reserved};
+use crate::device::{aerostat_device, on_device};
 use crate::fd;
 use crate::handle;
 use crate::versioned::{self, Output, Versioned};
@@ -112,7 +112,7 @@ pub unsafe extern "C" fn aerostat_device_start_queue(
             config.flags,
             AEROSTAT_QUEUE_ELEMENT,
         )?;
-        check_padding("aerostat_queue_config.reserved", &[config.reserved.into()])?;
+        check_reserved("aerostat_queue_config.reserved", config.reserved.into())?;
         let index = queue_index(index)?;
         let ring = match config.flags & AEROSTAT_QUEUE_ELEMENT {
             0 => Some(ring(&config)?),
