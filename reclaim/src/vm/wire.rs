@@ -68,18 +68,20 @@ pub struct PageCounters {
     pub skipped_out_of_range_bytes: u64,
     /// Bytes that were in the balloon already.
     pub skipped_duplicate_bytes: u64,
+    /// Bytes of incomplete pages.
+    pub skipped_partial_bytes: u64,
     /// Bytes that another user of the memory has pinned.
     pub skipped_pinned_bytes: u64,
     /// Bytes whose discard failed.
     pub skipped_failed_bytes: u64,
     /// Bytes that the guest took back.
     pub returned_bytes: u64,
-    /// Bytes that the guest reported as unused.
-    pub reported_bytes: u64,
-    /// Reported bytes given back to the host.
-    pub report_discarded_bytes: u64,
     /// Bytes that the guest wanted back without having given them.
     pub rejected_take_bytes: u64,
+    /// Bytes that the guest reported as unused.
+    pub report_requested_bytes: u64,
+    /// Reported bytes given back to the host.
+    pub report_discarded_bytes: u64,
     /// System calls made to discard memory.
     pub discard_calls: u64,
     /// Ranges discarded by those calls.
@@ -90,10 +92,16 @@ pub struct PageCounters {
     pub inflate_chains: u64,
     /// Descriptor chains received on the deflate queue.
     pub deflate_chains: u64,
+    /// Descriptor chains received on the statistics queue.
+    pub stats_chains: u64,
     /// Descriptor chains received on the reporting queue.
     pub report_chains: u64,
     /// Chains that were acknowledged although their contents made no sense.
     pub chain_errors: u64,
+    /// Rings that the guest broke.
+    pub broken_rings: u64,
+    /// Configuration accesses that made no sense.
+    pub config_errors: u64,
 }
 
 impl PageCounters {
@@ -104,6 +112,7 @@ impl PageCounters {
             self.skipped_inhibited_bytes,
             self.skipped_out_of_range_bytes,
             self.skipped_duplicate_bytes,
+            self.skipped_partial_bytes,
             self.skipped_pinned_bytes,
             self.skipped_failed_bytes,
         ]
@@ -116,8 +125,8 @@ impl PageCounters {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct NodeStatus {
-    /// The host node's number.
-    pub node: u32,
+    /// The host node's number; `None` is memory whose node is not known.
+    pub node: Option<u32>,
     /// What happened to the pages of this node.
     pub counters: PageCounters,
 }
@@ -138,6 +147,8 @@ pub struct DeviceStatus {
     pub ballooned_bytes: u64,
     /// Feature bits that the driver accepted.
     pub features: u64,
+    /// Their names.
+    pub feature_names: Vec<String>,
     /// What happened to the pages, over all nodes.
     pub counters: PageCounters,
     /// The same for each host node.
@@ -226,7 +237,7 @@ mod tests {
         assert_eq!(status.counters.requested_bytes, 7);
         assert_eq!(
             (
-                status.nodes[0].node,
+                status.nodes[0].node.unwrap(),
                 status.nodes[0].counters.discarded_bytes
             ),
             (3, 5)
@@ -277,8 +288,9 @@ mod tests {
             skipped_duplicate_bytes: 4,
             skipped_pinned_bytes: 8,
             skipped_failed_bytes: 16,
+            skipped_partial_bytes: 32,
             ..PageCounters::default()
         };
-        assert_eq!(counters.skipped_bytes(), 31);
+        assert_eq!(counters.skipped_bytes(), 63);
     }
 }

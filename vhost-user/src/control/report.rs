@@ -42,7 +42,8 @@ pub(super) fn query(snapshot: &Snapshot) -> Value {
         "actual-bytes": snapshot.actual_bytes,
         "ballooned-bytes": snapshot.ballooned_bytes,
         "inhibits": snapshot.inhibits,
-        "features": features::names(snapshot.features),
+        "features": snapshot.features,
+        "feature-names": features::names(snapshot.features),
         "counters": counters(&snapshot.books.total),
         "nodes": nodes,
     })
