@@ -15,9 +15,11 @@ pub const AEROSTAT_FEATURE_MUST_TELL_HOST: u64 = 1u64 << 0;
 pub const AEROSTAT_FEATURE_STATS_VQ: u64 = 1u64 << 1;
 
 /// VIRTIO_BALLOON_F_DEFLATE_ON_OOM: the guest may take pages back when it runs out of memory.
+/// Offered if asked for in struct aerostat_device_config, as it lets the guest undo what the host
+/// decided.
 pub const AEROSTAT_FEATURE_DEFLATE_ON_OOM: u64 = 1u64 << 2;
 
-/// VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration. Not offered by
+/// VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guesthints at free pages, for migration. Not offered by
 /// this version.
 pub const AEROSTAT_FEATURE_FREE_PAGE_HINT: u64 = 1u64 << 3;
 
@@ -36,11 +38,12 @@ pub const AEROSTAT_FEATURE_EVENT_IDX: u64 = 1u64 << 29;
 /// VIRTIO_F_VERSION_1: the device is not a legacy one.
 pub const AEROSTAT_FEATURE_VERSION_1: u64 = 1u64 << 32;
 
-/// VIRTIO_F_RING_PACKED: queues are packed rings. Not offered by this version.
+/// VIRTIO_F_RING_PACKED: queues are packed rings (VIRTIO 1.4, 2.8). Offered if asked for in
+/// struct aerostat_device_config.
 pub const AEROSTAT_FEATURE_RING_PACKED: u64 = 1u64 << 34;
 
-/// VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available. Not
-/// offered by this version.
+/// VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available. Offered if
+/// asked for in struct aerostat_device_config.
 pub const AEROSTAT_FEATURE_IN_ORDER: u64 = 1u64 << 35;
 
 /// Tells which features the guest may select from (VIRTIO 1.4, 2.2; requirement S1).
