@@ -40,7 +40,7 @@ bench: build
 	target/release/aerostat-bench --out target/bench
 
 header:
-	$(CARGO) run -p aerostat-ffi --bin aerostat-header
+	AEROSTAT_WRITE_HEADER=1 $(CARGO) test -p aerostat-ffi --test header
 
 clean:
 	$(CARGO) clean

@@ -34,36 +34,53 @@ pub struct DeviceConfig {
 /// A queue's place in guest memory, and the descriptors of its two directions.
 #[derive(Debug)]
 pub struct RingConfig {
-    /// The descriptor table's guest address.
+    /// The guest address of the descriptors.
     pub desc: Gpa,
-    /// The available ring's.
+    /// Of the available ring; with RING_PACKED, of the driver's event area.
     pub avail: Gpa,
-    /// The used ring's.
+    /// Of the used ring; with RING_PACKED, of the device's event area.
     pub used: Gpa,
     /// The eventfd that the guest's kicks arrive on.
     pub kick: OwnedFd,
     /// The eventfd (or pipe) to signal for an interrupt; `None` for a guest that polls.
     pub call: Option<OwnedFd>,
-    /// Where to go on: zero for a new ring, else what [`Device::stop_queue`] returned.
+    /// Where to go on: the start of a new ring, else what [`Device::stop_queue`] returned.
     pub position: QueuePosition,
 }
 
 /// One queue to start.
 #[derive(Debug)]
 pub struct QueueConfig {
-    /// Its number of descriptors: a power of two up to 32768. Not used for element queues.
+    /// Its number of descriptors: up to 32768, a power of two unless RING_PACKED is negotiated. Not
+    /// used for element queues.
     pub size: u16,
     /// Its rings, or `None` for a queue whose elements the VMM pops itself.
     pub ring: Option<RingConfig>,
 }
 
 /// How far a ring has been served.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+///
+/// For a split ring these are the indices, which run through all 16 bits; a new one starts at zero. For
+/// a packed ring bits 0 to 14 are the slot and bit 15 is the wrap counter; a new one starts at 0x8000.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueuePosition {
     /// The next entry of the available ring.
     pub next_avail: u16,
     /// The next entry of the used ring.
     pub next_used: u16,
+}
+
+impl QueuePosition {
+    /// Where a new split ring starts.
+    pub const SPLIT_START: Self = Self {
+        next_avail: 0,
+        next_used: 0,
+    };
+    /// Where a new packed ring starts: slot 0 of the lap whose wrap counter is 1.
+    pub const PACKED_START: Self = Self {
+        next_avail: 0x8000,
+        next_used: 0x8000,
+    };
 }
 
 /// Where a device stands in its life cycle.

@@ -519,6 +519,13 @@ impl HostArea {
         u16::from_le(value.load(Ordering::Relaxed))
     }
 
+    /// Stores the little-endian value at `offset`.
+    pub(crate) fn store_u16(&self, offset: usize, value: u16) {
+        // SAFETY: as in `load_u16_acquire`.
+        let place = unsafe { AtomicU16::from_ptr(self.at(offset)) };
+        place.store(value.to_le(), Ordering::Relaxed);
+    }
+
     /// Stores the little-endian value at `offset` after all earlier writes.
     pub(crate) fn store_u16_release(&self, offset: usize, value: u16) {
         // SAFETY: as in `load_u16_acquire`.

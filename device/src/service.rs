@@ -9,9 +9,9 @@ use crate::metrics::Books;
 use crate::protocol::virtio_balloon::{
     ConfigSpace, Features, QUEUES, Role, StatsBoard, Turn, role_of, serve_pages,
 };
-use crate::ring::RingError;
 use crate::ring::source::{Completion, Element, ElementQueue, RingQueue, Source};
-use crate::ring::split::{Layout, RingFeatures, SplitRing};
+use crate::ring::{Ring, RingError, RingFeatures};
+
 use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
@@ -101,7 +101,7 @@ impl Service {
     }
 
     /// The running rings as they would lie in another table.
-    pub(crate) fn moved_rings(&self, memory: &Arc<GuestMemory>) -> Result<Vec<Option<SplitRing>>> {
+    pub(crate) fn moved_rings(&self, memory: &Arc<GuestMemory>) -> Result<Vec<Option<Ring>>> {
         let moved = |queue: &Option<Queue>| match queue {
             Some(Queue {
                 source: Source::Ring(queue),
@@ -113,7 +113,7 @@ impl Service {
     }
 
     /// Goes on with the rings that [`Self::moved_rings`] returned.
-    pub(crate) fn replace_rings(&mut self, rings: Vec<Option<SplitRing>>) {
+    pub(crate) fn replace_rings(&mut self, rings: Vec<Option<Ring>>) {
         for (queue, ring) in self.queues.iter_mut().zip(rings) {
             if let (
                 Some(Queue {
@@ -315,26 +315,21 @@ impl Shared {
                 _kick: None,
             },
             Some(ring) => {
-                let layout = Layout {
-                    size: config.size,
-                    desc: ring.desc,
-                    avail: ring.avail,
-                    used: ring.used,
-                    next_avail: ring.position.next_avail,
-                    next_used: ring.position.next_used,
-                };
                 let ring_features = RingFeatures {
+                    packed: features.contains(Features::RING_PACKED),
                     indirect: features.contains(Features::INDIRECT_DESC),
                     event_idx: features.contains(Features::EVENT_IDX),
                 };
-                let split = SplitRing::new(balloon.memory(), layout, ring_features)?;
+                let places = [ring.desc, ring.avail, ring.used];
+                let memory = balloon.memory();
+                let taken = Ring::new(memory, config.size, places, ring.position, ring_features)?;
                 check_eventfd("kick", &ring.kick)?;
                 let call = ring.call.map(|fd| EventFd::new("call", fd)).transpose()?;
                 let home = self.home.load(Ordering::Relaxed);
                 let device: Weak<dyn Servable> = self.this.clone();
                 let kick = pool.register(home, ring.kick, device, index)?;
                 Queue {
-                    source: Source::Ring(RingQueue { ring: split, call }),
+                    source: Source::Ring(RingQueue { ring: taken, call }),
                     _kick: Some(kick),
                 }
             }
@@ -360,18 +355,8 @@ impl Shared {
         }
         queue.source.cancel();
         Ok(match queue.source {
-            Source::Ring(queue) => {
-                let Layout {
-                    next_avail,
-                    next_used,
-                    ..
-                } = queue.ring.layout();
-                QueuePosition {
-                    next_avail,
-                    next_used,
-                }
-            }
-            Source::Elements(_) => QueuePosition::default(),
+            Source::Ring(queue) => queue.ring.position(),
+            Source::Elements(_) => QueuePosition::SPLIT_START,
         })
     }
 

@@ -171,6 +171,18 @@ impl Ring {
         self.base = position.next_used;
     }
 
+    /// Back to the beginning, but for the descriptors that the device signals. QEMU does not send
+    /// them again after a reset, and Linux's virtio_uml complains of an interrupt whose other end is
+    /// closed before the driver has gone.
+    pub(crate) fn reset(&mut self, enabled: bool) {
+        *self = Self {
+            call: self.call.take(),
+            err: self.err.take(),
+            enabled,
+            ..Self::default()
+        };
+    }
+
     /// What GET_VRING_BASE leaves: a ring that waits for its next kick descriptor.
     pub(crate) fn forget_kick(&mut self) {
         self.kick = None;

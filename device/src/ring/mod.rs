@@ -1,13 +1,32 @@
 //! Virtqueues: how the guest hands over buffers (virtio 1.x, sections 2.6 to 2.8).
 //!
-//! [`chain`] is what the rest of the crate sees, `split` reads and publishes the split layout, and
-//! `source` puts rings and elements that the VMM popped itself behind one interface. Two kinds of
+//! [`chain`] is what the rest of the crate sees, `split` and `packed` read and publish the two layouts,
+//! and `source` puts rings and elements that the VMM popped itself behind one interface. Two kinds of
 //! fault are told apart: a [`RingError`] leaves nothing to go on with (NEEDS_RESET, S4), while a
 //! fault inside a chain is acknowledged and counted (I3).
 
 pub(crate) mod chain;
+mod indirect;
+mod packed;
 pub(crate) mod source;
-pub(crate) mod split;
+mod split;
+
+use crate::device::QueuePosition;
+use crate::error::Result;
+use crate::memory::{Gpa, GuestMemory};
+use chain::Chain;
+use std::sync::Arc;
+
+/// The largest queue of either layout (2.7, 2.8).
+const MAX_SIZE: u16 = 32768;
+
+/// What was negotiated for the rings.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct RingFeatures {
+    pub(crate) packed: bool,
+    pub(crate) indirect: bool,
+    pub(crate) event_idx: bool,
+}
 
 /// A ring that can no longer be served: its own structure is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,10 +41,102 @@ pub(crate) enum RingError {
     IndirectNotNegotiated,
     #[error("an indirect table inside an indirect table")]
     NestedIndirect,
-    #[error("an indirect descriptor with NEXT")]
+    #[error("an indirect descriptor that is not the end of its chain, or not alone in it")]
     IndirectWithNext,
     #[error("an indirect table of {0} bytes")]
     IndirectLength(u32),
     #[error("an indirect table outside guest memory")]
     IndirectOutsideMemory,
+}
+
+/// Whether moving an index from `old` to `new` passed `event` (2.7.10.1).
+fn passed(event: u16, old: u16, new: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+/// A ring of either layout.
+#[derive(Debug)]
+pub(crate) enum Ring {
+    Split(split::SplitRing),
+    Packed(packed::PackedRing),
+}
+
+/// Calls the same method of whichever layout it is.
+macro_rules! either {
+    ($ring:expr, $inner:ident => $call:expr) => {
+        match $ring {
+            Ring::Split($inner) => $call,
+            Ring::Packed($inner) => $call,
+        }
+    };
+}
+
+impl Ring {
+    /// Checks where a queue lies and takes it over. `places` are the descriptors, the driver's area
+    /// (available ring), and the device's area (used ring).
+    pub(crate) fn new(
+        memory: &Arc<GuestMemory>,
+        size: u16,
+        places: [Gpa; 3],
+        position: QueuePosition,
+        features: RingFeatures,
+    ) -> Result<Self> {
+        Ok(if features.packed {
+            Self::Packed(packed::PackedRing::new(
+                memory, size, places, position, features,
+            )?)
+        } else {
+            Self::Split(split::SplitRing::new(
+                memory, size, places, position, features,
+            )?)
+        })
+    }
+
+    /// The same ring over another memory table.
+    pub(crate) fn moved(&self, memory: &Arc<GuestMemory>) -> Result<Self> {
+        Ok(match self {
+            Self::Split(ring) => Self::Split(ring.moved(memory)?),
+            Self::Packed(ring) => Self::Packed(ring.moved(memory)?),
+        })
+    }
+
+    /// Where serving would go on.
+    pub(crate) fn position(&self) -> QueuePosition {
+        either!(self, ring => ring.position())
+    }
+
+    /// Takes the next chain; `Ok(false)` if the guest has none.
+    pub(crate) fn pop(
+        &mut self,
+        memory: &GuestMemory,
+        chain: &mut Chain,
+    ) -> Result<bool, RingError> {
+        either!(self, ring => ring.pop(memory, chain))
+    }
+
+    /// Takes back the last [`Self::pop`], of a chain that was not completed.
+    pub(crate) fn unpop(&mut self, token: u64) {
+        either!(self, ring => ring.unpop(token));
+    }
+
+    /// Completes a chain; the guest sees it after [`Self::publish`].
+    pub(crate) fn complete(&mut self, token: u64, written: u32) {
+        either!(self, ring => ring.complete(token, written));
+    }
+
+    /// Shows all completed chains to the guest at once. Returns whether it wants to be told.
+    pub(crate) fn publish(&mut self) -> bool {
+        either!(self, ring => ring.publish())
+    }
+
+    /// Asks the guest not to kick while the ring is being served.
+    pub(crate) fn suppress_kicks(&mut self) {
+        either!(self, ring => ring.suppress_kicks());
+    }
+
+    /// Asks the guest to kick again; returns true if chains came in meanwhile, which it may not
+    /// kick for.
+    pub(crate) fn want_kicks(&mut self) -> bool {
+        either!(self, ring => ring.want_kicks())
+    }
 }

@@ -1,9 +1,8 @@
 //! Where a queue's chains come from and where completions go: a ring in guest memory that this
 //! library owns, or elements that the VMM popped itself.
 
-use super::RingError;
 use super::chain::{Chain, Segment};
-use super::split::SplitRing;
+use super::{Ring, RingError};
 use crate::event::EventFd;
 use crate::memory::{GuestMemory, IoVec};
 use crossbeam_channel::Sender;
@@ -63,7 +62,7 @@ impl ElementQueue {
 /// A ring and whom to tell about it.
 #[derive(Debug)]
 pub(crate) struct RingQueue {
-    pub(crate) ring: SplitRing,
+    pub(crate) ring: Ring,
     pub(crate) call: Option<EventFd>,
 }
 
@@ -133,7 +132,7 @@ impl Source {
     /// serves the queue next finds it again. Elements are handed back as not served.
     pub(crate) fn put_back(&mut self, token: u64) {
         match self {
-            Self::Ring(queue) => queue.ring.unpop(),
+            Self::Ring(queue) => queue.ring.unpop(token),
             Self::Elements(queue) => queue.complete(token, 0, false),
         }
     }

@@ -3,13 +3,14 @@
 //! The guest may change the rings at any moment: each index and descriptor is fetched once and
 //! checked before it is used (S5, S6).
 
-use super::RingError;
 use super::chain::{Chain, Segment};
+use super::indirect::{self, DESC_BYTES, Table};
+use super::{RingError, RingFeatures};
+use crate::device::QueuePosition;
 use crate::error::{Error, Result};
 use crate::memory::{Gpa, GuestMemory, HostArea, full_barrier};
 use std::sync::Arc;
 
-const DESC_BYTES: usize = 16;
 const DESC_F_NEXT: u16 = 1;
 const DESC_F_WRITE: u16 = 2;
 const DESC_F_INDIRECT: u16 = 4;
@@ -21,34 +22,15 @@ const RING_INDEX: usize = 2;
 const RING_ENTRIES: usize = 4;
 const USED_ENTRY_BYTES: usize = 8;
 
-/// The largest queue of the split layout (2.7).
-pub(crate) const MAX_SIZE: u16 = 32768;
-
-/// Where a queue lies and how far it got.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Layout {
-    pub(crate) size: u16,
-    pub(crate) desc: Gpa,
-    pub(crate) avail: Gpa,
-    pub(crate) used: Gpa,
-    pub(crate) next_avail: u16,
-    pub(crate) next_used: u16,
-}
-
-/// What was negotiated for the rings.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct RingFeatures {
-    pub(crate) indirect: bool,
-    pub(crate) event_idx: bool,
-}
-
 /// A split ring that is being served.
 #[derive(Debug)]
 pub(crate) struct SplitRing {
     desc: HostArea,
     avail: HostArea,
     used: HostArea,
-    layout: Layout,
+    size: u16,
+    places: [Gpa; 3],
+    position: QueuePosition,
     features: RingFeatures,
     /// Entries written to the used ring that its index does not show yet.
     unpublished: u16,
@@ -103,27 +85,32 @@ impl SplitRing {
     /// Checks where the queue lies and takes it over.
     pub(crate) fn new(
         memory: &Arc<GuestMemory>,
-        layout: Layout,
+        size: u16,
+        places: [Gpa; 3],
+        position: QueuePosition,
         features: RingFeatures,
     ) -> Result<Self> {
-        let size = usize::from(layout.size);
-        if !layout.size.is_power_of_two() || layout.size > MAX_SIZE {
+        if !size.is_power_of_two() || size > super::MAX_SIZE {
             return Err(Error::Invalid {
                 what: "queue size",
-                value: u64::from(layout.size),
+                value: u64::from(size),
                 expected: "a power of two from 1 to 32768",
             });
         }
         // The event fields behind the rings only exist with EVENT_IDX.
         let event = if features.event_idx { 2 } else { 0 };
-        let avail_bytes = RING_ENTRIES + 2 * size + event;
-        let used_bytes = RING_ENTRIES + USED_ENTRY_BYTES * size + event;
-        let desc_bytes = DESC_BYTES * size;
+        let entries = usize::from(size);
+        let avail_bytes = RING_ENTRIES + 2 * entries + event;
+        let used_bytes = RING_ENTRIES + USED_ENTRY_BYTES * entries + event;
+        let desc_bytes = DESC_BYTES * entries;
+        let [desc, avail, used] = places;
         Ok(Self {
-            desc: HostArea::new(memory, "descriptor table", layout.desc, desc_bytes, 16)?,
-            avail: HostArea::new(memory, "available ring", layout.avail, avail_bytes, 2)?,
-            used: HostArea::new(memory, "used ring", layout.used, used_bytes, 4)?,
-            layout,
+            desc: HostArea::new(memory, "descriptor table", desc, desc_bytes, 16)?,
+            avail: HostArea::new(memory, "available ring", avail, avail_bytes, 2)?,
+            used: HostArea::new(memory, "used ring", used, used_bytes, 4)?,
+            size,
+            places,
+            position,
             features,
             unpublished: 0,
             notified_at: None,
@@ -132,18 +119,18 @@ impl SplitRing {
 
     /// The same ring over another memory table.
     pub(crate) fn moved(&self, memory: &Arc<GuestMemory>) -> Result<Self> {
-        let mut ring = Self::new(memory, self.layout, self.features)?;
+        let mut ring = Self::new(memory, self.size, self.places, self.position, self.features)?;
         ring.notified_at = self.notified_at;
         Ok(ring)
     }
 
     /// Where serving would go on.
-    pub(crate) fn layout(&self) -> Layout {
-        self.layout
+    pub(crate) fn position(&self) -> QueuePosition {
+        self.position
     }
 
     fn slot(&self, index: u16) -> usize {
-        usize::from(index & (self.layout.size - 1))
+        usize::from(index & (self.size - 1))
     }
 
     /// Takes the next chain; `Ok(false)` if the guest has none.
@@ -153,47 +140,55 @@ impl SplitRing {
         chain: &mut Chain,
     ) -> Result<bool, RingError> {
         let available = self.avail.load_u16_acquire(RING_INDEX);
-        let waiting = available.wrapping_sub(self.layout.next_avail);
+        let waiting = available.wrapping_sub(self.position.next_avail);
         if waiting == 0 {
             return Ok(false);
         }
-        if waiting > self.layout.size {
+        if waiting > self.size {
             return Err(RingError::AvailableIndexJumped(waiting));
         }
         let head = self
             .avail
-            .load_u16(RING_ENTRIES + 2 * self.slot(self.layout.next_avail));
+            .load_u16(RING_ENTRIES + 2 * self.slot(self.position.next_avail));
         self.walk(memory, head, chain)?;
         chain.token = u64::from(head);
-        self.layout.next_avail = self.layout.next_avail.wrapping_add(1);
+        self.position.next_avail = self.position.next_avail.wrapping_add(1);
         Ok(true)
     }
 
-    /// Takes back the last [`Self::pop`] of a chain that was not completed.
-    pub(crate) fn unpop(&mut self) {
-        self.layout.next_avail = self.layout.next_avail.wrapping_sub(1);
+    /// Takes back the last [`Self::pop`], of a chain that was not completed.
+    pub(crate) fn unpop(&mut self, _token: u64) {
+        self.position.next_avail = self.position.next_avail.wrapping_sub(1);
     }
 
     /// Follows the chain from `head` on. It has at most as many descriptors as the queue (2.7.5.3.1),
     /// which bounds the work and ends every loop.
     fn walk(&self, memory: &GuestMemory, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         chain.clear();
-        let mut indirect: Option<(Gpa, u32)> = None;
+        let mut indirect: Option<Table> = None;
         let mut index = head;
-        for _ in 0..=self.layout.size {
+        for _ in 0..=self.size {
             let descriptor = match indirect {
                 None => self.direct(index)?,
-                Some((table, entries)) => read_indirect(memory, table, entries, index)?,
+                Some(table) if u32::from(index) >= table.entries() => {
+                    return Err(RingError::DescriptorBeyondTable(index));
+                }
+                Some(table) => Descriptor::parse(indirect::read(memory, &table, index.into())?),
             };
             if descriptor.has(DESC_F_INDIRECT) {
                 if indirect.is_some() {
                     return Err(RingError::NestedIndirect);
                 }
-                indirect = Some(self.enter_indirect(&descriptor)?);
+                if descriptor.has(DESC_F_NEXT) {
+                    return Err(RingError::IndirectWithNext);
+                }
+                // Its WRITE flag is ignored (2.7.5.3.2).
+                let table = Table::new(self.features, Gpa(descriptor.addr), descriptor.len)?;
+                indirect = Some(table);
                 index = 0;
                 continue;
             }
-            if chain.readable.len() + chain.writable.len() == usize::from(self.layout.size) {
+            if chain.readable.len() + chain.writable.len() == usize::from(self.size) {
                 return Err(RingError::ChainTooLong);
             }
             let segment = Segment::Guest {
@@ -211,7 +206,7 @@ impl SplitRing {
     }
 
     fn direct(&self, index: u16) -> Result<Descriptor, RingError> {
-        if index >= self.layout.size {
+        if index >= self.size {
             return Err(RingError::DescriptorBeyondTable(index));
         }
         let mut bytes = [0; DESC_BYTES];
@@ -221,24 +216,9 @@ impl SplitRing {
         Ok(Descriptor::parse(bytes))
     }
 
-    /// The table that an indirect descriptor points to; its WRITE flag is ignored (2.7.5.3.2).
-    fn enter_indirect(&self, descriptor: &Descriptor) -> Result<(Gpa, u32), RingError> {
-        if !self.features.indirect {
-            return Err(RingError::IndirectNotNegotiated);
-        }
-        if descriptor.has(DESC_F_NEXT) {
-            return Err(RingError::IndirectWithNext);
-        }
-        const ENTRY: u32 = 16;
-        if descriptor.len == 0 || !descriptor.len.is_multiple_of(ENTRY) {
-            return Err(RingError::IndirectLength(descriptor.len));
-        }
-        Ok((Gpa(descriptor.addr), descriptor.len / ENTRY))
-    }
-
     /// Completes a chain; the guest sees it after [`Self::publish`].
     pub(crate) fn complete(&mut self, head: u64, written: u32) {
-        let slot = self.slot(self.layout.next_used.wrapping_add(self.unpublished));
+        let slot = self.slot(self.position.next_used.wrapping_add(self.unpublished));
         let offset = RING_ENTRIES + USED_ENTRY_BYTES * slot;
         self.used
             .store_u32(offset, u32::try_from(head).unwrap_or(u32::MAX));
@@ -251,10 +231,10 @@ impl SplitRing {
         if self.unpublished == 0 {
             return false;
         }
-        self.layout.next_used = self.layout.next_used.wrapping_add(self.unpublished);
+        self.position.next_used = self.position.next_used.wrapping_add(self.unpublished);
         self.unpublished = 0;
         self.used
-            .store_u16_release(RING_INDEX, self.layout.next_used);
+            .store_u16_release(RING_INDEX, self.position.next_used);
         // The guest writes its wish, then looks at the index; we write the index, then look at the
         // wish. The barrier keeps both from missing each other.
         full_barrier();
@@ -263,10 +243,10 @@ impl SplitRing {
         }
         let event = self
             .avail
-            .load_u16(RING_ENTRIES + 2 * usize::from(self.layout.size));
-        let new = self.layout.next_used;
+            .load_u16(RING_ENTRIES + 2 * usize::from(self.size));
+        let new = self.position.next_used;
         let old = self.notified_at.replace(new);
-        old.is_none_or(|old| passed(event, old, new))
+        old.is_none_or(|old| super::passed(event, old, new))
     }
 
     /// Asks the guest not to kick while the ring is being served.
@@ -281,46 +261,14 @@ impl SplitRing {
     /// kick for.
     pub(crate) fn want_kicks(&mut self) -> bool {
         if self.features.event_idx {
-            let event = RING_ENTRIES + USED_ENTRY_BYTES * usize::from(self.layout.size);
-            self.used.store_u16_release(event, self.layout.next_avail);
+            let event = RING_ENTRIES + USED_ENTRY_BYTES * usize::from(self.size);
+            self.used.store_u16_release(event, self.position.next_avail);
         } else {
             self.used.store_u16_release(RING_FLAGS, 0);
         }
         full_barrier();
-        self.avail.load_u16_acquire(RING_INDEX) != self.layout.next_avail
+        self.avail.load_u16_acquire(RING_INDEX) != self.position.next_avail
     }
-}
-
-/// Whether moving the index from `old` to `new` passed `event` (2.7.10.1).
-fn passed(event: u16, old: u16, new: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-}
-
-/// Fetches an entry of an indirect table, which may lie anywhere, across regions too.
-fn read_indirect(
-    memory: &GuestMemory,
-    table: Gpa,
-    entries: u32,
-    index: u16,
-) -> Result<Descriptor, RingError> {
-    if u32::from(index) >= entries {
-        return Err(RingError::DescriptorBeyondTable(index));
-    }
-    let mut bytes = [0; DESC_BYTES];
-    let mut done = 0;
-    while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        let offset = DESC_BYTES as u64 * u64::from(index) + done as u64;
-        let count = table
-            .0
-            .checked_add(offset)
-            .and_then(|start| memory.slice_prefix(Gpa(start), rest.len() as u64))
-            .map_or(0, |slice| slice.read(0, rest));
-        if count == 0 {
-            return Err(RingError::IndirectOutsideMemory);
-        }
-        done += count;
-    }
-    Ok(Descriptor::parse(bytes))
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ impl Driver {
     }
 
     fn ring(&self, features: RingFeatures) -> SplitRing {
-        SplitRing::new(&self.memory, layout(), features).unwrap()
+        SplitRing::new(&self.memory, SIZE, PLACES, START, features).unwrap()
     }
 
     fn put(&self, gpa: u64, bytes: &[u8]) {
@@ -56,22 +56,19 @@ impl Driver {
     }
 }
 
-fn layout() -> Layout {
-    Layout {
-        size: SIZE,
-        desc: Gpa(DESC),
-        avail: Gpa(AVAIL),
-        used: Gpa(USED),
-        next_avail: 0,
-        next_used: 0,
-    }
-}
+const PLACES: [Gpa; 3] = [Gpa(DESC), Gpa(AVAIL), Gpa(USED)];
+const START: QueuePosition = QueuePosition {
+    next_avail: 0,
+    next_used: 0,
+};
 
 const INDIRECT: RingFeatures = RingFeatures {
+    packed: false,
     indirect: true,
     event_idx: false,
 };
 const EVENT_IDX: RingFeatures = RingFeatures {
+    packed: false,
     indirect: false,
     event_idx: true,
 };
@@ -110,12 +107,12 @@ fn a_chain_is_walked_and_completed_once() {
 #[test]
 fn indices_wrap_at_sixteen_bits() {
     let driver = Driver::new();
-    let start = Layout {
+    let start = QueuePosition {
         next_avail: u16::MAX,
         next_used: u16::MAX,
-        ..layout()
     };
-    let mut ring = SplitRing::new(&driver.memory, start, RingFeatures::default()).unwrap();
+    let mut ring =
+        SplitRing::new(&driver.memory, SIZE, PLACES, start, RingFeatures::default()).unwrap();
     driver.desc(DESC, 1, 0x5000, 4, 0, 0);
     driver.offer(u16::MAX % SIZE, 1, 0);
     driver.offer(0, 1, 1);
@@ -125,7 +122,7 @@ fn indices_wrap_at_sixteen_bits() {
     }
     ring.publish();
     assert_eq!(driver.get_u16(USED + 2), 1);
-    assert_eq!(ring.layout().next_avail, 1);
+    assert_eq!(ring.position().next_avail, 1);
 }
 
 #[test]
@@ -281,65 +278,17 @@ fn flags_suppress_in_both_directions() {
 #[test]
 fn bad_places_are_refused() {
     let driver = Driver::new();
-    let refused = |layout: Layout| {
-        SplitRing::new(&driver.memory, layout, EVENT_IDX)
+    let refused = |size: u16, places: [u64; 3]| {
+        SplitRing::new(&driver.memory, size, places.map(Gpa), START, EVENT_IDX)
             .unwrap_err()
             .errno()
     };
-    assert_eq!(
-        refused(Layout {
-            size: 0,
-            ..layout()
-        }),
-        libc::EINVAL
-    );
-    assert_eq!(
-        refused(Layout {
-            size: 12,
-            ..layout()
-        }),
-        libc::EINVAL
-    );
-    assert_eq!(
-        refused(Layout {
-            size: 65535,
-            ..layout()
-        }),
-        libc::EINVAL
-    );
-    assert_eq!(
-        refused(Layout {
-            desc: Gpa(0x1008),
-            ..layout()
-        }),
-        libc::EADDRNOTAVAIL
-    );
-    assert_eq!(
-        refused(Layout {
-            avail: Gpa(0x2001),
-            ..layout()
-        }),
-        libc::EADDRNOTAVAIL
-    );
-    assert_eq!(
-        refused(Layout {
-            used: Gpa(0x3002),
-            ..layout()
-        }),
-        libc::EADDRNOTAVAIL
-    );
-    assert_eq!(
-        refused(Layout {
-            desc: Gpa(0xffff0),
-            ..layout()
-        }),
-        libc::ERANGE
-    );
-    assert_eq!(
-        refused(Layout {
-            used: Gpa(0xfff8),
-            ..layout()
-        }),
-        libc::ERANGE
-    );
+    for size in [0, 12, 65535] {
+        assert_eq!(refused(size, [DESC, AVAIL, USED]), libc::EINVAL);
+    }
+    assert_eq!(refused(SIZE, [DESC + 8, AVAIL, USED]), libc::EADDRNOTAVAIL);
+    assert_eq!(refused(SIZE, [DESC, AVAIL + 1, USED]), libc::EADDRNOTAVAIL);
+    assert_eq!(refused(SIZE, [DESC, AVAIL, USED + 2]), libc::EADDRNOTAVAIL);
+    assert_eq!(refused(SIZE, [0xffff0, AVAIL, USED]), libc::ERANGE);
+    assert_eq!(refused(SIZE, [DESC, AVAIL, 0xfff8]), libc::ERANGE);
 }

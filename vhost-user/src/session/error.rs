@@ -32,8 +32,6 @@ pub(crate) enum Refusal {
     Malformed(#[from] Malformed),
     #[error("ring {0}: there is no such ring")]
     NoRing(u32),
-    #[error("ring {index} is started; stop it first")]
-    Started { index: u32 },
     #[error("ring {index}")]
     Ring {
         index: u32,

@@ -159,6 +159,13 @@ impl<'a> Session<'a> {
     ) -> Result<(), SessionError> {
         let header = message.header;
         let request = Request::from_code(header.code);
+        log::debug!(
+            "{}: {request:?} ({}), {} bytes, {} descriptors",
+            self.vm.name,
+            header.code,
+            header.payload_bytes,
+            message.fds.len()
+        );
         let result = match request {
             Some(request) => self.handle(request, message),
             None => Err(Refusal::Unknown),
@@ -203,6 +210,7 @@ impl<'a> Session<'a> {
         match request {
             Request::GetFeatures => {
                 message.empty()?;
+                self.end_if_driver_is_removed();
                 let offered = self.device().offered_features() | F_PROTOCOL_FEATURES;
                 return Ok(number(offered));
             }
@@ -263,6 +271,7 @@ impl<'a> Session<'a> {
             self.reset();
         }
         self.features = Some(features);
+        log::debug!("{}: features {features:#x}", self.vm.name);
         if features & F_PROTOCOL_FEATURES == 0 {
             // "If VHOST_USER_F_PROTOCOL_FEATURES has not been negotiated, the ring starts directly
             // in the enabled state."
@@ -271,6 +280,21 @@ impl<'a> Session<'a> {
             }
         }
         self.select_features()
+    }
+
+    /// Linux's virtio_uml has a driver removed without a word of it where the balloon is concerned:
+    /// the driver clears PAGE_POISON, features are negotiated a second time, and the bit that allows
+    /// SET_VRING_ENABLE is lost on the way. What it does send, before it frees the rings, is
+    /// GET_FEATURES, which no front-end has another use for while rings run. To go on would be to
+    /// write into memory that the guest uses for something else.
+    fn end_if_driver_is_removed(&mut self) {
+        let cannot_disable = self
+            .features
+            .is_some_and(|bits| bits & F_PROTOCOL_FEATURES == 0);
+        if cannot_disable && self.rings.iter().any(|ring| ring.started) {
+            log::info!("{}: the driver was removed", self.vm.name);
+            self.reset();
+        }
     }
 
     /// Passes the selection on to a device that does not have it (any more).
@@ -335,8 +359,7 @@ impl<'a> Session<'a> {
             .features
             .is_some_and(|bits| bits & F_PROTOCOL_FEATURES == 0);
         for ring in &mut self.rings {
-            *ring = Ring::default();
-            ring.enabled = enabled;
+            ring.reset(enabled);
         }
         self.status = 0;
     }

@@ -113,10 +113,17 @@ impl Session<'_> {
             .ok_or(Refusal::NoRing(index))
     }
 
+    /// A ring that may be set up anew. One that runs is stopped, though a front-end should have
+    /// done so, and waits for its next kick descriptor.
     fn stopped_ring(&mut self, index: u32) -> Result<&mut Ring, Refusal> {
+        let queue = self.queue(index)?;
+        let running = self.ring(index)?.started;
+        if running {
+            self.stop(queue);
+        }
         let ring = self.ring(index)?;
-        if ring.started {
-            return Err(Refusal::Started { index });
+        if running {
+            ring.forget_kick();
         }
         Ok(ring)
     }

@@ -37,13 +37,20 @@ bitflags::bitflags! {
         const EVENT_IDX = 1 << 29;
         /// The device and driver follow virtio 1.0 or later.
         const VERSION_1 = 1 << 32;
+        /// Queues have the packed layout.
+        const RING_PACKED = 1 << 34;
+        /// Buffers are used in the order in which they were made available: the device always does.
+        const IN_ORDER = 1 << 35;
     }
 }
 
 impl Features {
-    /// What is offered unless the VMM chooses. DEFLATE_ON_OOM is left to the VMM: it lets a guest
-    /// undo what the host decided.
-    pub(crate) const DEFAULT: Self = Self::all().difference(Self::DEFLATE_ON_OOM);
+    /// What is offered unless the VMM chooses. DEFLATE_ON_OOM is left to the VMM since it lets a guest
+    /// undo what the host decided; the packed layout and IN_ORDER since VMMs have to know about them.
+    pub(crate) const DEFAULT: Self = Self::all()
+        .difference(Self::DEFLATE_ON_OOM)
+        .difference(Self::RING_PACKED)
+        .difference(Self::IN_ORDER);
 }
 
 /// The most PFNs a chain may carry: 128 MiB of memory; stock drivers send 256 to 1024. More is taken

@@ -1,0 +1,439 @@
+//! A machine: memory, device, queues and driver, put together as a VMM does it.
+
+use super::allocator::{Order, PageAllocator};
+use super::books::assert_balanced;
+use super::device::{Device, Runtime, size_of_u32};
+use super::driver::{Driver, ROLES, Role};
+use super::elements::ElementPump;
+use super::error::{Result, VmmError};
+use super::eventfd::EventFd;
+use super::follower::Follower;
+use super::mapping::Backing;
+use super::ram::{GuestRam, RegionSpec};
+use super::vring::{Placement, Vring};
+use super::{MIB, PAGE_BYTES};
+use aerostat::{
+    AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING,
+    AEROSTAT_FEATURE_STATS_VQ, AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
+};
+use parking_lot::{Mutex, MutexGuard};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How the driver numbers its queues (requirements S, "Queues").
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Numbering {
+    /// As Linux: those of the negotiated features, without gaps.
+    #[default]
+    Dense,
+    /// As the text of the standard: 0, 1, 2, 4.
+    Fixed,
+}
+
+/// A guest to be made.
+#[derive(Clone, Debug)]
+pub struct GuestConfig {
+    /// Its memory. The lowest region holds the driver's queues and buffers.
+    pub regions: Vec<RegionSpec>,
+    /// What the device is to offer; 0 leaves the choice to the library.
+    pub offered: u64,
+    /// What the driver selects, as far as it is offered.
+    pub selected: u64,
+    /// How it numbers its queues.
+    pub numbering: Numbering,
+    /// Descriptors a queue.
+    pub queue_size: u16,
+    /// Whether the VMM pops the queues itself.
+    pub elements: bool,
+    /// In which order the guest hands out pages.
+    pub order: Order,
+}
+
+impl GuestConfig {
+    /// What stock Linux selects: all that is offered but poison, which it drops unless free pages
+    /// are initialised.
+    pub const LINUX: u64 = !AEROSTAT_FEATURE_PAGE_POISON;
+
+    /// A guest with one region at 0.
+    #[must_use]
+    pub fn new(backing: Backing, mib: u64) -> Self {
+        Self::with_regions(vec![RegionSpec::new(0, mib * MIB, backing)])
+    }
+
+    /// A guest with these regions.
+    #[must_use]
+    pub fn with_regions(regions: Vec<RegionSpec>) -> Self {
+        Self {
+            regions,
+            offered: 0,
+            selected: Self::LINUX,
+            numbering: Numbering::Dense,
+            queue_size: 128,
+            elements: false,
+            order: Order::Ascending,
+        }
+    }
+}
+
+/// A process that runs guests: one runtime of the library for all of them.
+#[derive(Debug)]
+pub struct Vmm {
+    runtime: Runtime,
+}
+
+impl Vmm {
+    /// Loads the library and starts its threads, as many as it chooses.
+    ///
+    /// # Errors
+    /// The library is missing, or refuses.
+    pub fn new() -> Result<Self> {
+        let runtime = Runtime::new(0)?;
+        Ok(Self { runtime })
+    }
+
+    /// Its runtime.
+    #[must_use]
+    pub fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    /// A machine whose driver has not begun: device and memory only.
+    ///
+    /// # Errors
+    /// Host or library refuse.
+    pub fn assemble(&self, config: &GuestConfig) -> Result<Guest> {
+        let ram = Arc::new(GuestRam::new(&config.regions)?);
+        let config_event = Arc::new(EventFd::new()?);
+        let completion_event = Arc::new(EventFd::new()?);
+        let device = Arc::new(Device::new(
+            &self.runtime,
+            config.offered,
+            config_event.raw(),
+            completion_event.raw(),
+        )?);
+        device.set_memory(&ram)?;
+        let (buffers, kernel_end) = buffers_of(config);
+        let pfns = ram.pfns().filter(|pfn| pfn * PAGE_BYTES >= kernel_end);
+        let allocator = PageAllocator::new(pfns, config.order);
+        let driver = Driver::new(
+            Arc::clone(&device),
+            Arc::clone(&ram),
+            Vec::new(),
+            buffers,
+            allocator,
+        );
+        Ok(Guest {
+            follower: None,
+            pump: None,
+            driver: Arc::new(Mutex::new(driver)),
+            device,
+            ram,
+            config_event,
+            completion_event,
+            config: config.clone(),
+        })
+    }
+
+    /// A machine whose driver is up: what Linux does until its probe function returns.
+    ///
+    /// # Errors
+    /// Host or library refuse.
+    pub fn boot(&self, config: &GuestConfig) -> Result<Guest> {
+        let mut guest = self.assemble(config)?;
+        guest.start_driver()?;
+        Ok(guest)
+    }
+}
+
+/// A machine. Fields that use others stand before them.
+#[derive(Debug)]
+pub struct Guest {
+    follower: Option<Follower>,
+    pump: Option<ElementPump>,
+    driver: Arc<Mutex<Driver>>,
+    device: Arc<Device>,
+    ram: Arc<GuestRam>,
+    /// Signalled when the guest is to get a configuration change interrupt.
+    pub config_event: Arc<EventFd>,
+    /// Signalled when completions of elements wait.
+    pub completion_event: Arc<EventFd>,
+    config: GuestConfig,
+}
+
+impl Guest {
+    /// Its device.
+    #[must_use]
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// Its driver.
+    pub fn driver(&self) -> MutexGuard<'_, Driver> {
+        self.driver.lock()
+    }
+
+    /// How it was made.
+    #[must_use]
+    pub fn config(&self) -> &GuestConfig {
+        &self.config
+    }
+
+    /// Negotiation up to FEATURES_OK; returns what was selected.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn negotiate(&self) -> Result<u64> {
+        let features = self.device.offered_features()? & self.config.selected;
+        self.device.set_features(features)?;
+        Ok(features)
+    }
+
+    /// Lays the queues out and starts them.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn start_queues(&mut self, features: u64) -> Result<()> {
+        let queues = self.lay_out_queues(features)?;
+        for (role, queue) in &queues {
+            let index = queue_index(*role, features, self.config.numbering);
+            let config = queue_config(queue, self.config.elements);
+            self.device.start_queue(index, &config)?;
+        }
+        self.driver.lock().restart(queues);
+        Ok(())
+    }
+
+    fn lay_out_queues(&self, features: u64) -> Result<Vec<(Role, Vring)>> {
+        let placements = placements(&self.config);
+        let present = ROLES.into_iter().zip(placements).filter(|(role, _)| {
+            let needed = feature_of(*role);
+            features & needed == needed
+        });
+        let ring = |(role, placement)| {
+            let queue = Vring::new(&self.ram, placement, features)?;
+            Ok((role, queue))
+        };
+        present.map(ring).collect()
+    }
+
+    /// Everything that Linux does until its driver is up: FEATURES_OK, queues, the first statistics
+    /// buffer (kicked before DRIVER_OK, as Linux does), DRIVER_OK.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn start_driver(&mut self) -> Result<()> {
+        let features = self.negotiate()?;
+        self.start_queues(features)?;
+        if features & AEROSTAT_FEATURE_STATS_VQ != 0 {
+            let mut driver = self.driver.lock();
+            driver.set_stats(&[(4, self.ram.total_bytes()), (5, self.ram.total_bytes())]);
+            driver.post_stats()?;
+        }
+        self.device.activate()?;
+        if self.config.elements {
+            self.pump = Some(ElementPump::start(self)?);
+        }
+        Ok(())
+    }
+
+    /// The device's index of the queue of `role`.
+    ///
+    /// # Errors
+    /// The device does not tell what was negotiated.
+    pub fn index_of(&self, role: Role) -> Result<u32> {
+        let queues = self.driver.lock();
+        let features = queues.queues().fold(0, |all, (of, _)| all | feature_of(of));
+        Ok(queue_index(role, features, self.config.numbering))
+    }
+
+    /// The driver goes away and comes back: reset, then everything again.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn restart_driver(&mut self) -> Result<()> {
+        self.pump = None;
+        self.device.reset()?;
+        self.start_driver()
+    }
+
+    /// Starts the driver's work queue: from now on it follows the target by itself.
+    ///
+    /// # Errors
+    /// There are no descriptors or threads left.
+    pub fn start_following(&mut self) -> Result<()> {
+        let config_event = Arc::clone(&self.config_event);
+        self.follower = Some(Follower::start(Arc::clone(&self.driver), config_event)?);
+        Ok(())
+    }
+
+    /// Ends it again.
+    pub fn stop_following(&mut self) {
+        self.follower = None;
+    }
+
+    /// Ends the VMM's own serving of element queues, for tests that do it step by step.
+    pub fn stop_pump(&mut self) {
+        self.pump = None;
+    }
+
+    /// Sets the target and lets the driver move there at once, in this thread.
+    ///
+    /// # Errors
+    /// The device refuses or does not answer.
+    ///
+    /// # Panics
+    /// If there is no configuration change interrupt, or the books do not balance.
+    pub fn balloon_to(&self, bytes: u64) -> Result<()> {
+        self.device.set_target(bytes)?;
+        assert!(self.config_event.take() > 0, "no configuration change");
+        self.driver.lock().follow_target()?;
+        self.books().map(drop)
+    }
+
+    /// The books, which have to balance.
+    ///
+    /// # Errors
+    /// The device does not answer.
+    ///
+    /// # Panics
+    /// If they do not balance.
+    #[track_caller]
+    pub fn books(&self) -> Result<aerostat_counters> {
+        let counters = self.device.counters()?;
+        assert_balanced(&counters);
+        Ok(counters)
+    }
+
+    /// The books once nothing is pending any more.
+    ///
+    /// # Errors
+    /// Something stays pending.
+    pub fn settled_books(&self) -> Result<aerostat_counters> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            let counters = self.books()?;
+            if counters.balloon.pending_bytes + counters.report.pending_bytes == 0 {
+                return Ok(counters);
+            }
+            if Instant::now() > deadline {
+                return Err(VmmError::TimedOut {
+                    what: "pending discards",
+                    millis: 5000,
+                });
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Waits until the guest says that its balloon has `bytes`.
+    ///
+    /// # Errors
+    /// It does not in time.
+    pub fn wait_actual(&self, bytes: u64, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        while self.device.query()?.actual_bytes != bytes {
+            if Instant::now() > deadline {
+                return Err(VmmError::TimedOut {
+                    what: "the balloon's target",
+                    millis: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Replaces the guest's memory: hot-add with `add`, hot-remove with the `remove`d region's
+    /// address. The driver does not use the new region, nor stop using the old one, by itself.
+    ///
+    /// # Errors
+    /// The device refuses; the guest has its old memory then.
+    pub fn change_memory(&mut self, add: Option<RegionSpec>, remove: Option<u64>) -> Result<()> {
+        let mut ram = GuestRam::clone(&self.ram);
+        if let Some(gpa) = remove {
+            ram = ram.without(gpa);
+        }
+        if let Some(spec) = add {
+            ram = ram.with(spec)?;
+        }
+        self.device.set_memory(&ram)?;
+        self.ram = Arc::new(ram);
+        self.driver.lock().set_ram(Arc::clone(&self.ram));
+        Ok(())
+    }
+}
+
+/// The feature that a queue depends on.
+fn feature_of(role: Role) -> u64 {
+    match role {
+        Role::Inflate | Role::Deflate => 0,
+        Role::Stats => AEROSTAT_FEATURE_STATS_VQ,
+        Role::Reporting => AEROSTAT_FEATURE_PAGE_REPORTING,
+    }
+}
+
+/// The index of the queue of `role`.
+#[must_use]
+pub fn queue_index(role: Role, features: u64, numbering: Numbering) -> u32 {
+    let stats = u32::from(features & AEROSTAT_FEATURE_STATS_VQ != 0);
+    match (role, numbering) {
+        (Role::Inflate, _) => 0,
+        (Role::Deflate, _) => 1,
+        (Role::Stats, _) => 2,
+        (Role::Reporting, Numbering::Dense) => 2 + stats,
+        (Role::Reporting, Numbering::Fixed) => 4,
+    }
+}
+
+/// What the device is told of a queue.
+#[must_use]
+pub fn queue_config(queue: &Vring, elements: bool) -> aerostat_queue_config {
+    let placement = queue.placement();
+    aerostat_queue_config {
+        size: size_of_u32::<aerostat_queue_config>(),
+        flags: if elements { AEROSTAT_QUEUE_ELEMENT } else { 0 },
+        queue_size: placement.size,
+        next_avail: 0,
+        next_used: 0,
+        reserved: 0,
+        kick_fd: if elements { -1 } else { queue.kick.raw() },
+        call_fd: if elements { -1 } else { queue.call.raw() },
+        desc_gpa: placement.desc,
+        avail_gpa: placement.avail,
+        used_gpa: placement.used,
+    }
+}
+
+/// Where each role's queue lies.
+fn placements(config: &GuestConfig) -> Vec<Placement> {
+    let mut next = lowest(config);
+    ROLES
+        .iter()
+        .map(|_| {
+            let (placement, end) = Placement::lay_out(next, config.queue_size);
+            next = end;
+            placement
+        })
+        .collect()
+}
+
+/// Where the driver's two buffer pages lie, and what follows the kernel's own memory.
+fn buffers_of(config: &GuestConfig) -> (u64, u64) {
+    let queues = placements(config);
+    let end = queues
+        .last()
+        .map_or(0, |last| Placement::lay_out(last.desc, last.size).1);
+    (end, end + 2 * PAGE_BYTES)
+}
+
+fn lowest(config: &GuestConfig) -> u64 {
+    let starts = config.regions.iter().map(|region| region.gpa);
+    starts.min().unwrap_or(0)
+}
+

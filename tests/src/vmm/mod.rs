@@ -1,0 +1,44 @@
+//! The TestVmm: guests of this process whose balloon devices are served by `libaerostat.so`.
+//!
+//! It stands where a VMM stands: it maps guest memory, makes eventfds, negotiates, starts queues,
+//! and calls the library only through the C ABI of the built shared object. Inside the guest runs
+//! a driver that behaves as Linux's virtio_balloon does, over rings in guest memory.
+//!
+//! From the host inwards:
+//! - [`library`]: the shared object and its symbols, checked against the Rust declarations;
+//! - [`device`]: handles of it, with errors as values;
+//! - [`mapping`], [`ram`]: guest memory, and how much of it the host has allocated;
+//! - [`eventfd`]: kicks and interrupts;
+//! - [`guest`]: a machine put together from these, step by step or booted at once;
+//! - [`elements`]: the VMM's half of a virtqueue, for devices that are handed elements;
+//! - [`vring`]: the driver's half of a split ring;
+//! - [`allocator`]: which pages the guest has in use;
+//! - [`driver`]: the balloon driver, as Linux has it;
+//! - [`follower`]: the driver's work queue, following the target on a thread of its own;
+//! - [`working_set`]: pages whose contents are known and verified;
+//! - [`hostile`]: a driver that writes anything anywhere;
+//! - [`books`]: the device's counters, and whether they balance (I4).
+
+pub mod allocator;
+pub mod books;
+pub mod device;
+pub mod driver;
+pub mod elements;
+mod error;
+pub mod eventfd;
+pub mod follower;
+pub mod guest;
+pub mod hostile;
+pub mod library;
+pub mod mapping;
+pub mod ram;
+pub mod vring;
+pub mod working_set;
+
+pub use error::{Result, VmmError};
+pub use guest::{Guest, GuestConfig, Numbering, Vmm};
+
+/// The unit of a page frame number (S12).
+pub const PAGE_BYTES: u64 = 4096;
+/// Bytes in a MiB.
+pub const MIB: u64 = 1 << 20;
