@@ -429,3 +429,8 @@ fn set_held(flow: &mut Flow, before: u64, after: u64) {
     bump(&mut flow.reopened_bytes, after.saturating_sub(before));
     bump(&mut flow.withdrawn_bytes, before.saturating_sub(after));
 }
+
+#[cfg(test)]
+#[path = "balloon_tests.rs"]
+#[allow(unsafe_code, reason = "the tests map memory to balloon")]
+mod tests;

@@ -437,7 +437,10 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        self.reset();
+        let mut service = self.shared.service.lock();
+        self.shared.reset(&mut service);
+        // A worker may still have hold of the shared part, but no longer of the guest's memory.
+        service.balloon = None;
     }
 }
 

@@ -1,19 +1,27 @@
 //! Eventfds: how kicks arrive and how the library signals (eventfd(2)).
+//!
+//! User-Mode Linux cannot get SIGIO from eventfds, so the interrupts of its virtio_uml driver arrive
+//! on what it calls pipes, which are UNIX stream sockets: eight bytes on one are taken as on an eventfd.
 #![allow(unsafe_code, reason = "an eventfd is written through its descriptor")]
 
 use crate::error::{Error, Result};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
-/// An eventfd that this library signals.
+/// An eventfd, or what a VMM has in place of one, that this library signals.
 #[derive(Debug)]
-pub(crate) struct EventFd(OwnedFd);
+pub(crate) struct EventFd {
+    fd: OwnedFd,
+    /// It is a socket, where a write would raise SIGPIPE if the other end is gone.
+    socket: bool,
+}
 
 impl EventFd {
-    /// Takes over `fd`, which has to be an eventfd or a pipe (User-Mode Linux takes interrupts from
-    /// pipes), and makes it non-blocking: what nobody reads must not stop a worker.
+    /// Takes over `fd`, which has to be an eventfd, a pipe or a socket, and makes it non-blocking:
+    /// what nobody reads must not stop a worker.
     pub(crate) fn new(what: &'static str, fd: OwnedFd) -> Result<Self> {
-        if !is_eventfd(&fd) && !is_pipe(&fd) {
-            let expected = "an eventfd or the writing end of a pipe";
+        let socket = is_socket(&fd);
+        if !socket && !is_eventfd(&fd) && !is_pipe(&fd) {
+            let expected = "an eventfd, the writing end of a pipe, or a socket";
             return Err(Error::BadFd {
                 what,
                 fd: fd.as_raw_fd(),
@@ -21,7 +29,7 @@ impl EventFd {
             });
         }
         set_nonblocking(&fd)?;
-        Ok(Self(fd))
+        Ok(Self { fd, socket })
     }
 
     /// An eventfd of our own.
@@ -32,19 +40,29 @@ impl EventFd {
         if fd < 0 {
             return Err(Error::last_os("cannot create an eventfd"));
         }
-        // SAFETY: the kernel just returned this descriptor to us, and nobody else owns it.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(Self {
+            // SAFETY: the kernel just returned this descriptor to us, and nobody else owns it.
+            fd: unsafe { OwnedFd::from_raw_fd(fd) },
+            socket: false,
+        })
     }
 
     /// Adds one to the counter. A full counter or pipe (EAGAIN) has been signalled already.
     pub(crate) fn signal(&self) {
         let one = 1u64.to_ne_bytes();
-        // SAFETY: writes 8 bytes from a live array to an open descriptor.
-        unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+        let (raw, bytes) = (self.fd.as_raw_fd(), one.as_ptr().cast());
+        if self.socket {
+            let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+            // SAFETY: sends 8 bytes from a live array to an open descriptor.
+            unsafe { libc::send(raw, bytes, one.len(), flags) };
+        } else {
+            // SAFETY: writes 8 bytes from a live array to an open descriptor.
+            unsafe { libc::write(raw, bytes, one.len()) };
+        }
     }
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
-        std::os::fd::AsFd::as_fd(&self.0)
+        std::os::fd::AsFd::as_fd(&self.fd)
     }
 }
 
@@ -65,8 +83,17 @@ fn is_eventfd(fd: &OwnedFd) -> bool {
 
 fn is_pipe(fd: &OwnedFd) -> bool {
     use std::os::unix::fs::FileTypeExt;
-    std::fs::metadata(format!("/proc/self/fd/{}", fd.as_raw_fd()))
-        .is_ok_and(|metadata| metadata.file_type().is_fifo())
+    file_type(fd).is_some_and(|kind| kind.is_fifo())
+}
+
+fn is_socket(fd: &OwnedFd) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    file_type(fd).is_some_and(|kind| kind.is_socket())
+}
+
+fn file_type(fd: &OwnedFd) -> Option<std::fs::FileType> {
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    Some(std::fs::metadata(path).ok()?.file_type())
 }
 
 fn set_nonblocking(fd: &OwnedFd) -> Result<()> {
@@ -80,5 +107,32 @@ fn set_nonblocking(fd: &OwnedFd) -> Result<()> {
         Ok(())
     } else {
         Err(Error::last_os("cannot make an eventfd non-blocking"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_socket_takes_signals_and_may_lose_its_reader() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let event = EventFd::new("call", ours.into()).unwrap();
+        event.signal();
+        let mut bytes = [0; 8];
+        theirs.read_exact(&mut bytes).unwrap();
+        assert_eq!(u64::from_ne_bytes(bytes), 1);
+        // Nobody reads: it must neither wait nor raise a signal.
+        (0..100_000).for_each(|_| event.signal());
+        drop(theirs);
+        event.signal();
+    }
+
+    #[test]
+    fn files_are_refused() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(EventFd::new("call", file.into()).is_err());
     }
 }

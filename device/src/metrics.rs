@@ -187,6 +187,14 @@ macro_rules! impl_combine {
                 Self { $($field: self.$field.combine(other.$field)),* }
             }
         }
+
+        impl std::ops::Add for $ty {
+            type Output = Self;
+
+            fn add(self, other: Self) -> Self {
+                self.combine(other)
+            }
+        }
     };
 }
 

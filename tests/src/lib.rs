@@ -1,3 +1,8 @@
-//! Test support: a VMM and guests in this process, which drive the library as real ones do.
+//! Test support: a VMM and its guests in this process, real guests, and the programs that show the
+//! library at work on them.
 
+pub mod artifacts;
+pub mod backend;
+pub mod demo;
+pub mod guest;
 pub mod vmm;

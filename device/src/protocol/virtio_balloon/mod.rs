@@ -46,12 +46,16 @@ impl Features {
     pub(crate) const DEFAULT: Self = Self::all().difference(Self::DEFLATE_ON_OOM);
 }
 
-/// The most PFNs a chain may carry. A chain of 2^18 gives 1 GiB; stock drivers send 256. More is
-/// taken as malformed, so that a single chain cannot keep a worker busy for long (I3).
-const MAX_CHAIN_PFNS: u64 = 1 << 18;
+/// The most PFNs a chain may carry: 128 MiB of memory; stock drivers send 256 to 1024. More is taken
+/// as malformed, so that a single chain of scattered pages cannot keep a worker, and whoever waits for
+/// the device, busy for longer than about 0.1 s (I3).
+const MAX_CHAIN_PFNS: u64 = 1 << 15;
 /// How much is served before other devices get a turn.
 const MAX_CHAINS_PER_TURN: usize = 256;
-const MAX_PAGES_PER_TURN: usize = 1 << 16;
+/// Listed pages and reported ranges, each of which may cost a discard of its own.
+const MAX_ENTRIES_PER_TURN: usize = 1 << 13;
+/// Reported memory: 1 GiB, eight times what Linux reports in a chain.
+const MAX_REPORTED_PAGES_PER_TURN: u64 = 1 << 18;
 /// How often a queue that keeps filling up is looked at again within one turn.
 const MAX_ROUNDS_PER_TURN: u32 = 4;
 
@@ -140,7 +144,11 @@ fn serve_batch(
     let mut errors = 0;
     let end = loop {
         let scratch = &mut *turn.scratch;
-        if scratch.done.len() >= MAX_CHAINS_PER_TURN || scratch.pages.len() >= MAX_PAGES_PER_TURN {
+        let reported_pages: u64 = scratch.ranges.iter().map(PfnRange::pages).sum();
+        if scratch.done.len() >= MAX_CHAINS_PER_TURN
+            || scratch.pages.len() + scratch.ranges.len() >= MAX_ENTRIES_PER_TURN
+            || reported_pages >= MAX_REPORTED_PAGES_PER_TURN
+        {
             break Ok(false);
         }
         let memory = turn.balloon.memory();

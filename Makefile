@@ -1,0 +1,46 @@
+# make demo | test | bench | header | clean. Each target installs what it needs first (Debian).
+
+CARGO ?= cargo
+GUEST ?= auto
+
+.PHONY: all setup build check test demo bench header clean help
+
+all: build
+
+help:
+	@echo 'make demo    boot a real guest, inflate, deflate, show what the host got (GUEST=synthetic: no real guest)'
+	@echo 'make test    everything: lints, unit tests, C programs, test VMM, real guests'
+	@echo 'make check   lints only: formatting, clippy, documentation, generated header'
+	@echo 'make bench   discard benchmarks against the per-page rival'
+	@echo 'make header  regenerate include/aerostat.h after a change of ffi/'
+	@echo 'make build   libaerostat.so, libaerostat.a, aerostat-vhost-user (release)'
+	@echo 'make clean   remove all build products'
+
+# Installs missing Debian packages; does nothing where all are there.
+setup:
+	@scripts/setup
+
+build: setup
+	$(CARGO) build --release --workspace
+
+check: setup
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items
+
+# The library and the back-end are built first: tests run them as a VMM would, from target/debug.
+test: check
+	$(CARGO) build --workspace
+	$(CARGO) test --workspace --no-fail-fast
+
+demo: build
+	target/release/aerostat-demo --guest $(GUEST) --out target/demo
+
+bench: build
+	target/release/aerostat-bench --out target/bench
+
+header:
+	AEROSTAT_WRITE_HEADER=1 $(CARGO) test -p aerostat-ffi --test header
+
+clean:
+	$(CARGO) clean

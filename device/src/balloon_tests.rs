@@ -1,0 +1,212 @@
+//! Give, take, report and their books, on real memory.
+
+use super::*;
+use crate::discard::probe::Capabilities;
+use crate::memory::tests::anonymous_region;
+use crate::memory::{Gpa, Pfn};
+use memmap2::{MmapOptions, MmapRaw};
+use proptest::prelude::*;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+
+const FRAME: u64 = 512;
+
+struct Guest {
+    balloon: Balloon,
+    books: Books,
+    file: File,
+    _map: MmapRaw,
+}
+
+/// A guest on a file of 8 MiB at guest address 2 MiB, all of it touched.
+fn guest(change: impl Fn(&mut Region)) -> Guest {
+    const BYTES: u64 = 8 << 20;
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    file.set_len(BYTES).unwrap();
+    // Mapped two MiB longer than needed, to find a place that suits a huge frame.
+    let map = MmapOptions::new().len((BYTES + (2 << 20)) as usize).map_raw(&file).unwrap();
+    for offset in (0..BYTES as usize).step_by(4096) {
+        // SAFETY: inside the file's part of the mapping; nothing else refers to it.
+        unsafe { map.as_mut_ptr().add(offset).write_volatile(1) };
+    }
+    let mut region = Region {
+        gpa: Gpa(2 << 20),
+        len_bytes: BYTES,
+        hva: map.as_mut_ptr() as usize,
+        fd: Some(Arc::new(file.try_clone().unwrap().into())),
+        shared: true,
+        ..anonymous_region()
+    };
+    change(&mut region);
+    // Only the address has to look aligned to a huge frame: memory is freed through the file.
+    region.hva = region.hva.next_multiple_of(region.page_size_bytes as usize);
+    // SAFETY: the mapping lives in the guest, beside the balloon.
+    let memory = unsafe { GuestMemory::new(vec![region]) }.unwrap();
+    let discarder = Discarder::inline(Arc::new(Capabilities::probe().unwrap()));
+    Guest { balloon: Balloon::new(memory, discarder), books: Books::new(1), file, _map: map }
+}
+
+fn huge(region: &mut Region) {
+    region.page_size_bytes = FRAME * 4096;
+}
+
+fn range(start: u64, pages: u64) -> PfnRange {
+    PfnRange::new(Pfn(start), pages)
+}
+
+impl Guest {
+    fn give(&mut self, ranges: &[PfnRange]) -> Flow {
+        self.balloon.give(ranges, 0, &self.books);
+        self.flow()
+    }
+
+    fn take(&mut self, ranges: &[PfnRange]) -> Flow {
+        self.balloon.take(ranges, 0, &self.books);
+        self.flow()
+    }
+
+    fn flow(&self) -> Flow {
+        let total = self.books.total();
+        assert!(total.balloon.balances() && total.report.balances(), "{total:?}");
+        assert_eq!(total.balloon.pending_bytes, 0);
+        total.balloon
+    }
+
+    fn host_pages(&self) -> u64 {
+        self.file.metadata().unwrap().blocks() * 512 / 4096
+    }
+}
+
+#[test]
+fn given_pages_leave_the_host_and_nothing_else_does() {
+    let mut guest = guest(|_| ());
+    assert_eq!(guest.host_pages(), 2048);
+    let flow = guest.give(&[range(512, 3), range(1000, 100)]);
+    assert_eq!(flow.discarded_bytes, 103 * 4096);
+    assert_eq!(guest.host_pages(), 2048 - 103);
+    assert_eq!(guest.balloon.ballooned_bytes(), 103 * 4096);
+}
+
+#[test]
+fn each_reason_has_its_counter() {
+    let mut guest = guest(|_| ());
+    // 100 pages before the region, 2048 in it, 100 behind it.
+    let flow = guest.give(&[range(412, 2248)]);
+    assert_eq!(flow.requested_bytes, 2248 * 4096);
+    assert_eq!(flow.skipped_out_of_range_bytes, 200 * 4096);
+    assert_eq!(flow.discarded_bytes, 2048 * 4096);
+    assert_eq!(guest.give(&[range(600, 10)]).skipped_duplicate_bytes, 10 * 4096);
+    guest.take(&[range(600, 10), range(600 + (1 << 40), 7)]);
+    let total = guest.books.total();
+    assert_eq!((total.returned_bytes, total.rejected_take_bytes), (10 * 4096, 7 * 4096));
+    guest.balloon.set_inhibited(true);
+    assert_eq!(guest.give(&[range(600, 10)]).skipped_inhibited_bytes, 10 * 4096);
+}
+
+#[test]
+fn pinned_and_readonly_regions_are_left_alone() {
+    let mut pinned = guest(|region| region.pinned = true);
+    assert_eq!(pinned.give(&[range(512, 8)]).skipped_pinned_bytes, 8 * 4096);
+    assert_eq!((pinned.host_pages(), pinned.balloon.ballooned_bytes()), (2048, 8 * 4096));
+    let mut rom = guest(|region| region.readonly = true);
+    assert_eq!(rom.give(&[range(512, 8)]).skipped_out_of_range_bytes, 8 * 4096);
+    assert_eq!((rom.host_pages(), rom.balloon.ballooned_bytes()), (2048, 0));
+}
+
+#[test]
+fn failed_calls_are_not_counted_as_freed() {
+    // Without a descriptor the region is removed by address, and the address is not mapped.
+    let mut guest = guest(|region| {
+        region.fd = None;
+        region.hva = 0x1000;
+    });
+    let flow = guest.give(&[range(512, 8), range(600, 8)]);
+    assert_eq!((flow.skipped_failed_bytes, flow.discarded_bytes), (16 * 4096, 0));
+}
+
+#[test]
+fn a_frame_is_freed_when_its_last_page_comes() {
+    let mut guest = guest(huge);
+    let flow = guest.give(&[range(512, 511), range(1024, 1)]);
+    assert_eq!((flow.held_bytes, flow.discarded_bytes), (512 * 4096, 0));
+    assert_eq!(guest.host_pages(), 2048);
+    let flow = guest.give(&[range(1023, 1)]);
+    assert_eq!((flow.held_bytes, flow.discarded_bytes), (4096, 512 * 4096));
+    assert_eq!(guest.host_pages(), 2048 - 512);
+    // Two runs of one frame in one batch complete it once.
+    let flow = guest.give(&[range(1025, 200), range(1226, 310)]);
+    assert_eq!(flow.held_bytes, 511 * 4096);
+    assert_eq!(guest.give(&[range(1225, 1)]).discarded_bytes, 1024 * 4096);
+}
+
+#[test]
+fn taking_from_a_frame_reopens_or_withdraws() {
+    let mut guest = guest(huge);
+    guest.give(&[range(512, 512), range(1024, 10)]);
+    let flow = guest.take(&[range(600, 2), range(1030, 4)]);
+    assert_eq!(flow.reopened_bytes, 510 * 4096);
+    assert_eq!(flow.withdrawn_bytes, 4 * 4096);
+    assert_eq!(flow.held_bytes, (510 + 6) * 4096);
+    let flow = guest.give(&[range(600, 2)]);
+    assert_eq!((flow.discarded_bytes, flow.held_bytes), (1024 * 4096, 6 * 4096));
+}
+
+#[test]
+fn reports_free_whole_frames_only_and_leave_ownership_alone() {
+    let mut guest = guest(huge);
+    guest.balloon.report(&[range(500, 600)], 0, false, &guest.books);
+    let report = guest.books.total().report;
+    assert_eq!(report.discarded_bytes, 512 * 4096);
+    assert_eq!(report.skipped_out_of_range_bytes, 12 * 4096);
+    assert_eq!(report.skipped_partial_bytes, 76 * 4096);
+    guest.balloon.report(&[range(1024, 512)], 3, true, &guest.books);
+    assert_eq!(guest.books.total().report.discarded_bytes, 512 * 4096);
+    assert_eq!(guest.balloon.ballooned_bytes(), 0);
+    guest.flow();
+}
+
+#[test]
+fn a_new_table_keeps_what_it_still_has() {
+    let mut guest = guest(huge);
+    guest.give(&[range(512, 600)]);
+    let old = guest.balloon.memory().regions()[0].clone();
+    // SAFETY: half of what was mapped before.
+    let half = unsafe { GuestMemory::new(vec![Region { len_bytes: 2 << 20, ..old.clone() }]) };
+    guest.balloon.set_memory(half.unwrap(), &guest.books);
+    assert_eq!(guest.balloon.ballooned_bytes(), 512 * 4096);
+    assert_eq!(guest.flow().withdrawn_bytes, 88 * 4096);
+    guest.balloon.reset(&guest.books);
+    assert_eq!((guest.balloon.ballooned_bytes(), guest.flow().held_bytes), (0, 0));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// I4 and the ownership bitmap against a set, with and without frames.
+    #[test]
+    fn books_balance_whatever_the_guest_does(
+        frames: bool,
+        steps in prop::collection::vec((any::<bool>(), 400u64..2700, 1u64..700), 1..30),
+    ) {
+        let mut guest = guest(|region| if frames { huge(region) });
+        let mut model = BTreeSet::new();
+        for (give, start, pages) in steps {
+            let inside = (start..start + pages).filter(|page| (512..2560).contains(page));
+            if give {
+                guest.give(&[range(start, pages)]);
+                model.extend(inside);
+            } else {
+                guest.take(&[range(start, pages)]);
+                inside.for_each(|page| { model.remove(&page); });
+            }
+            let flow = guest.flow();
+            prop_assert_eq!(guest.balloon.ballooned_bytes(), model.len() as u64 * 4096);
+            let held: u64 = (1..5).map(|frame| {
+                let pages = model.range(frame * FRAME..(frame + 1) * FRAME).count() as u64;
+                if frames && pages < FRAME { pages * 4096 } else { 0 }
+            }).sum();
+            prop_assert_eq!(flow.held_bytes, held);
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! Elements: buffers that a VMM popped from its own virtqueue.
+#![allow(unsafe_code, reason = "exports symbols to C")]
+
+use crate::boundary::{Outcome, Refusal, check_flags};
+use crate::device::{aerostat_device, on_device};
+use crate::handle;
+use crate::queue::queue_index;
+use ::aerostat_device::{Element, IoVec};
+use libc::iovec;
+use std::ffi::c_int;
+
+/// The element was not served: the device was reset, its queue was stopped, or the queue is not
+/// started as an element queue. Nothing was written to it. Unpop it, or drop it.
+pub const AEROSTAT_COMPLETION_UNSERVED: u16 = 1u16 << 0;
+
+/// The most iovecs that one part of an element may have: as many as the largest queue has
+/// descriptors, each of which may cross memory regions.
+const MAX_IOVECS: usize = 65536;
+
+/// The most elements that one call takes.
+const MAX_ELEMENTS: usize = 65536;
+
+/// A buffer that the VMM popped from its own virtqueue (QEMU: a VirtQueueElement). This structure
+/// has a fixed length and grows by its flags.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct aerostat_element {
+    /// Returned with the completion; otherwise not looked at.
+    pub token: u64,
+    /// What the device may read (QEMU: out_sg). NULL if n_readable is 0.
+    pub readable: *const iovec,
+    /// What the device may write (QEMU: in_sg); on the reporting queue, the reported pages. NULL if
+    /// n_writable is 0.
+    pub writable: *const iovec,
+    /// How many iovecs readable has.
+    pub n_readable: u32,
+    /// How many iovecs writable has.
+    pub n_writable: u32,
+    /// The queue that it was popped from.
+    pub queue: u32,
+    /// 0; no flags are defined.
+    pub flags: u32,
+}
+
+/// An element that the device is done with. This structure has a fixed length and grows by its
+/// flags.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct aerostat_completion {
+    /// The element's token.
+    pub token: u64,
+    /// Bytes written to the element, for its used length (QEMU: virtqueue_push()).
+    pub written_bytes: u32,
+    /// The queue to push it to.
+    pub queue: u16,
+    /// AEROSTAT_COMPLETION_* bits; a caller ignores those that it does not know.
+    pub flags: u16,
+}
+
+const _: () = assert!(size_of::<aerostat_element>() == 40);
+const _: () = assert!(size_of::<aerostat_completion>() == 16);
+
+/// Hands over n elements of queues that were started with AEROSTAT_QUEUE_ELEMENT. All of them are
+/// taken, or none.
+///
+/// Each element is completed exactly once (invariant I2), after its pages were discarded where the
+/// guest may count on it; completions of different elements come in any order. The buffer of the
+/// stats queue is held until aerostat_device_guest_stats() asks for news (requirement S8).
+///
+/// Returns: 0, or
+/// -EAGAIN (too many elements wait: collect completions first),
+/// -ENOENT (no queue has such a number),
+/// -EINVAL (an unknown flag, or more than 65536 elements or iovecs),
+/// -ENOTCONN (the device is not active),
+/// -EBUSY (it is paused),
+/// -EFAULT (a pointer is NULL whose count is not 0).
+///
+/// Lifetime: elements, and its arrays of iovecs, are read during the call only. What the iovecs
+/// point to has to stay mapped until the completion was collected or the device was reset. Iovecs
+/// outside the memory table are allowed for what the device reads or writes; reported pages have to
+/// be in it, else they are counted as out of range.
+///
+/// Threads: any. Does not wait for the elements.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn aerostat_device_submit(
+    device: *mut aerostat_device,
+    elements: *const aerostat_element,
+    n: usize,
+) -> c_int {
+    // SAFETY: NULL or alive (the header's rule for handles).
+    let device = unsafe { handle::get(device) };
+    on_device(device, |device| {
+        if n == 0 {
+            return Ok(0);
+        }
+        if elements.is_null() {
+            return Err(Refusal::Null("elements"));
+        }
+        if n > MAX_ELEMENTS {
+            return Err(Refusal::invalid("n", n as u64, "at most 65536"));
+        }
+        let elements = (0..n)
+            .map(|index| {
+                // SAFETY: index is below n, so the element may be read, and the arrays that it
+                // points to as well (the header's rule for pointers); what the iovecs point to stays
+                // mapped until the completion (this function's contract).
+                unsafe { element(&elements.add(index).read_unaligned()) }
+            })
+            .collect::<Outcome<Vec<Element>>>()?;
+        device.submit(elements)?;
+        Ok(0)
+    })
+}
+
+/// Collects up to max completions, in the order in which the elements were finished.
+///
+/// Read completion_fd first and collect afterwards until fewer than max come back: so no wake-up is
+/// lost.
+///
+/// Returns: how many were stored in out, 0 if there is none, or -EFAULT (device is NULL, or out is
+/// NULL and max is not 0).
+///
+/// Threads: any. Never waits. Two threads that collect get different completions.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn aerostat_device_completions(
+    device: *mut aerostat_device,
+    out: *mut aerostat_completion,
+    max: usize,
+) -> c_int {
+    // SAFETY: NULL or alive (the header's rule for handles).
+    let device = unsafe { handle::get(device) };
+    on_device(device, |device| {
+        if max == 0 {
+            return Ok(0);
+        }
+        if out.is_null() {
+            return Err(Refusal::Null("out"));
+        }
+        let mut completions = Vec::new();
+        device.completions(max.min(MAX_ELEMENTS), &mut completions);
+        for (index, completion) in completions.iter().enumerate() {
+            let completion = aerostat_completion {
+                token: completion.token,
+                written_bytes: completion.written,
+                queue: completion.queue,
+                flags: if completion.served {
+                    0
+                } else {
+                    AEROSTAT_COMPLETION_UNSERVED
+                },
+            };
+            // SAFETY: `completions` has at most `max` entries, for which there is room (the
+            // header's rule for pointers).
+            unsafe { out.add(index).write_unaligned(completion) };
+        }
+        Ok(c_int::try_from(completions.len()).unwrap_or(c_int::MAX))
+    })
+}
+
+/// Copies an element and its arrays.
+///
+/// # Safety
+/// `readable` and `writable` are NULL, or may be read for as many iovecs as their counts say. What
+/// the iovecs point to stays mapped until the element's completion was collected, or a reset.
+unsafe fn element(from: &aerostat_element) -> Outcome<Element> {
+    check_flags("aerostat_element.flags", from.flags, 0)?;
+    let queue = queue_index(from.queue)?;
+    // SAFETY: as the caller promises.
+    let (readable, writable) = unsafe {
+        (
+            iovecs("aerostat_element.readable", from.readable, from.n_readable)?,
+            iovecs("aerostat_element.writable", from.writable, from.n_writable)?,
+        )
+    };
+    Ok(Element {
+        queue,
+        token: from.token,
+        readable,
+        writable,
+    })
+}
+
+/// Copies an array of iovecs.
+///
+/// # Safety
+/// `from` is NULL, or may be read for `count` iovecs. What they point to stays mapped until the
+/// element's completion was collected, or a reset.
+unsafe fn iovecs(what: &'static str, from: *const iovec, count: u32) -> Outcome<Vec<IoVec>> {
+    let count = count as usize;
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    if from.is_null() {
+        return Err(Refusal::Null(what));
+    }
+    if count > MAX_IOVECS {
+        return Err(Refusal::invalid(what, count as u64, "at most 65536 iovecs"));
+    }
+    let copy = |index| {
+        // SAFETY: index is below count, as the caller promises it may be read.
+        let iovec = unsafe { from.add(index).read_unaligned() };
+        // SAFETY: the memory stays mapped until the element is completed (as the caller promises).
+        unsafe { IoVec::new(iovec.iov_base as usize, iovec.iov_len) }
+    };
+    Ok((0..count).map(copy).collect())
+}

@@ -1,0 +1,177 @@
+//! The guest's memory, as the VMM has it mapped.
+#![allow(unsafe_code, reason = "exports symbols to C")]
+
+use crate::boundary::{Outcome, Refusal, call_unit, check_flags};
+use crate::fd;
+use crate::handle::{self, Handle, Slot};
+use crate::versioned::{self, Versioned};
+use ::aerostat_device::memory::{Gpa, MAX_REGIONS, NodeId};
+use ::aerostat_device::{GuestMemory, Region};
+use std::ffi::{c_int, c_void};
+use std::sync::Arc;
+
+/// The region is mapped with MAP_SHARED: discarding has to reach the file behind it.
+pub const AEROSTAT_REGION_SHARED: u32 = 1u32 << 0;
+
+/// The region can never be ballooned: ROM, firmware. Its pages are counted as out of range.
+pub const AEROSTAT_REGION_READONLY: u32 = 1u32 << 1;
+
+/// The region's pages are pinned, by device assignment for instance: discarding them would free
+/// nothing or break the device. They can be ballooned, and are counted as skipped_pinned_bytes.
+pub const AEROSTAT_REGION_PINNED: u32 = 1u32 << 2;
+
+const REGION_FLAGS: u32 =
+    AEROSTAT_REGION_SHARED | AEROSTAT_REGION_READONLY | AEROSTAT_REGION_PINNED;
+
+/// An immutable table of a guest's memory regions. A guest whose memory changes gets a new table.
+#[derive(Debug)]
+pub struct aerostat_memory {
+    pub(crate) memory: Arc<GuestMemory>,
+}
+
+impl Handle for aerostat_memory {
+    const NAME: &'static str = "memory";
+}
+
+/// One contiguous piece of guest memory and what backs it; see `AEROSTAT_MEMORY_REGION_INIT`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct aerostat_memory_region {
+    /// sizeof(struct aerostat_memory_region); in an array it is also the distance of its elements.
+    pub size: u32,
+    /// AEROSTAT_REGION_* bits.
+    pub flags: u32,
+    /// Where the guest sees the region: a guest physical address, a multiple of the page size.
+    pub gpa: u64,
+    /// How long it is, in bytes: a multiple of the page size, not 0.
+    pub len_bytes: u64,
+    /// Where this process has it mapped, page aligned. Its contents are going to be discarded.
+    pub hva: *mut c_void,
+    /// The file behind the mapping (memfd, tmpfs, hugetlbfs, guest_memfd), open for writing unless
+    /// the region is read-only; -1 for anonymous memory. Duplicated, so it may be closed after the
+    /// call.
+    pub fd: i32,
+    /// The host NUMA node that the memory is bound to; -1 if it is not bound or not known.
+    pub node: i32,
+    /// Where in the file the region starts, in bytes: a multiple of the page size.
+    pub fd_offset_bytes: u64,
+    /// The size of the host's pages behind the region, in bytes. 0 stands for the page size of
+    /// hugetlbfs if fd is on it, else for the host's base page size; anonymous MAP_HUGETLB memory
+    /// has to tell. Transparent huge pages do not count.
+    pub page_size_bytes: u64,
+}
+
+// SAFETY: integers and a raw pointer only, the size first.
+unsafe impl Versioned for aerostat_memory_region {
+    const NAME: &'static str = "aerostat_memory_region";
+    const FIRST_BYTES: usize = 56;
+}
+
+const _: () = assert!(size_of::<aerostat_memory_region>() == 56, "a 64-bit layout");
+
+/// Makes a table of n_regions memory regions, in any order.
+///
+/// Returns: 0, or
+/// -EINVAL (no region or more than 4096, an unknown flag, an empty region, a page size that is no
+/// power of two, elements of different size),
+/// -EFAULT (a pointer or an hva is NULL),
+/// -EMSGSIZE, -E2BIG (a region's size),
+/// -EADDRNOTAVAIL (an address, length or offset is not a multiple of the page size),
+/// -ERANGE (a region ends behind the address space, or behind the end of its file),
+/// -EEXIST (two regions overlap in guest address space),
+/// -EBADF (an fd is not open, not a file that can be mapped, or not open for writing).
+/// On failure *out is NULL.
+///
+/// Lifetime: regions is read during the call only, and descriptors are duplicated. The *mappings*
+/// have to stay, with nothing else mapped there, until every device that was given the table has
+/// been given another one or is destroyed; destroying the handle does not change that.
+///
+/// Threads: any.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn aerostat_memory_new(
+    regions: *const aerostat_memory_region,
+    n_regions: usize,
+    out: *mut *mut aerostat_memory,
+) -> c_int {
+    call_unit(|| {
+        // SAFETY: NULL, or writable during this call (the header's rule for pointers).
+        let slot = unsafe { Slot::new(out) }?;
+        if n_regions == 0 || n_regions > MAX_REGIONS {
+            return Err(Refusal::invalid("n_regions", n_regions as u64, "1 to 4096"));
+        }
+        // SAFETY: NULL, or `n_regions` elements as long as they say (the same rule).
+        let regions = unsafe { versioned::read_array(regions, n_regions) }?;
+        let regions = regions
+            .iter()
+            .map(region)
+            .collect::<Outcome<Vec<Region>>>()?;
+        // SAFETY: the function's contract keeps the mappings until no device uses the table; C code
+        // holds no Rust references into them.
+        let memory = unsafe { GuestMemory::new(regions) }?;
+        slot.fill(aerostat_memory { memory });
+        Ok(())
+    })
+}
+
+/// Gives up a table and sets *memory to NULL. NULL, and a pointer to NULL, are ignored.
+///
+/// Devices that were given the table go on using it: the mappings have to stay.
+///
+/// Threads: any; no other thread may be using this handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn aerostat_memory_destroy(memory: *mut *mut aerostat_memory) {
+    // SAFETY: NULL or writable, and the handle's last use (the header's rules for handles).
+    unsafe { handle::destroy(memory) }
+}
+
+/// Checks what only this side of the boundary can see; the rest is the table's.
+fn region(from: &aerostat_memory_region) -> Outcome<Region> {
+    check_flags("aerostat_memory_region.flags", from.flags, REGION_FLAGS)?;
+    if from.hva.is_null() {
+        return Err(Refusal::Null("aerostat_memory_region.hva"));
+    }
+    let readonly = from.flags & AEROSTAT_REGION_READONLY != 0;
+    let file = match from.fd {
+        fd::NONE => None,
+        number => Some(fd::region_file(number, !readonly)?),
+    };
+    let page_size_bytes = match from.page_size_bytes {
+        0 => file
+            .as_ref()
+            .and_then(|file| file.huge_page_bytes)
+            .unwrap_or_else(fd::host_page_bytes),
+        told => told,
+    };
+    if let Some(file) = &file {
+        let end = from.fd_offset_bytes.checked_add(from.len_bytes);
+        if end.is_none_or(|end| end > file.len_bytes) {
+            return Err(Refusal::BehindFile {
+                offset: from.fd_offset_bytes,
+                len: from.len_bytes,
+                file: file.len_bytes,
+            });
+        }
+    }
+    Ok(Region {
+        gpa: Gpa(from.gpa),
+        len_bytes: from.len_bytes,
+        hva: from.hva as usize,
+        // Of a read-only region nothing is ever discarded, so its file is not needed any more.
+        fd: file.filter(|_| !readonly).map(|file| Arc::new(file.fd)),
+        fd_offset_bytes: from.fd_offset_bytes,
+        page_size_bytes,
+        shared: from.flags & AEROSTAT_REGION_SHARED != 0,
+        readonly,
+        pinned: from.flags & AEROSTAT_REGION_PINNED != 0,
+        node: node(from.node)?,
+    })
+}
+
+/// A node's number, or `None` for -1.
+pub(crate) fn node(number: i32) -> Outcome<Option<NodeId>> {
+    match u32::try_from(number) {
+        Ok(number) => Ok(Some(NodeId(number))),
+        Err(_) if number == -1 => Ok(None),
+        Err(_) => Err(Refusal::NegativeNode(number)),
+    }
+}

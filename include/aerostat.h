@@ -1,0 +1,1120 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * aerostat.h - a virtio balloon device as a library
+ *
+ * This file is generated from the crate in ffi/; "make header" writes it anew.
+ *
+ * WHAT IT IS FOR
+ *
+ * A guest's balloon driver gives pages that it does not need to its balloon device. This library is
+ * that device: it takes the pages, gives the host memory behind them back to the host, and keeps
+ * books of it. A VMM links it, brings the transport (PCI, MMIO, vhost-user) and the guest's memory,
+ * and says how large the balloon should be.
+ *
+ * TERMS
+ *
+ *   balloon      the pages that the guest has given and not taken back. Sizes, targets and `actual`
+ *                are always those of the balloon, in bytes, never of the memory that is left.
+ *   inflate      to put pages in; deflate: to take them out; report: to tell of pages that are free
+ *                at the moment and stay the guest's.
+ *   discard      to free the host memory behind a page. The guest finds zeros there afterwards.
+ *   gpa, hva     guest physical address; host virtual address, in this process.
+ *   region       a contiguous piece of guest memory. table: all regions of a guest.
+ *   frame        a page of the host, where that is larger than 4096 bytes.
+ *   kick, call   the eventfds by which a guest notifies a device, and a device a guest.
+ *   inhibit      to forbid discarding, while the guest is still acknowledged.
+ *
+ * "Requirement" and "invariant" numbers refer to docs/requirements.md and docs/design.md; VIRTIO
+ * sections to version 1.4 of the standard.
+ *
+ * LIFE CYCLE
+ *
+ *   aerostat_runtime_new()             once in a process: the threads
+ *   aerostat_device_new()              offers features         -> AEROSTAT_STATE_CONFIGURING
+ *   aerostat_memory_new()
+ *   aerostat_device_set_memory()       where the guest's memory is
+ *   aerostat_device_set_features()     FEATURES_OK
+ *   aerostat_device_start_queue()      for each queue: its rings, or "the VMM pops elements"
+ *   aerostat_device_activate()         DRIVER_OK                -> AEROSTAT_STATE_ACTIVE
+ *   aerostat_device_set_target()       whenever the balloon should change
+ *   aerostat_device_pause(), _resume() the VM stops and goes on <-> AEROSTAT_STATE_PAUSED
+ *   aerostat_device_reset()            the driver resets        -> AEROSTAT_STATE_CONFIGURING
+ *   aerostat_device_destroy(), aerostat_memory_destroy(), aerostat_runtime_destroy()
+ *
+ * The target may be set, the memory replaced, and discarding inhibited, in every state.
+ *
+ * In short, without its error handling; ffi/examples has whole programs:
+ *
+ *     struct aerostat_runtime_config threads = AEROSTAT_RUNTIME_CONFIG_INIT;
+ *     struct aerostat_device_config offer = AEROSTAT_DEVICE_CONFIG_INIT;
+ *     struct aerostat_memory_region ram = AEROSTAT_MEMORY_REGION_INIT;
+ *     struct aerostat_queue_config inflate = AEROSTAT_QUEUE_CONFIG_INIT;
+ *     struct aerostat_runtime *runtime;
+ *     struct aerostat_memory *memory;
+ *     struct aerostat_device *device;
+ *
+ *     aerostat_runtime_new(&threads, &runtime);
+ *     offer.config_fd = config_change_eventfd;
+ *     aerostat_device_new(runtime, &offer, &device);
+ *
+ *     ram.flags = AEROSTAT_REGION_SHARED;
+ *     ram.fd = memfd;
+ *     ram.hva = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+ *     ram.len_bytes = len;
+ *     aerostat_memory_new(&ram, 1, &memory);
+ *     aerostat_device_set_memory(device, memory);
+ *     aerostat_memory_destroy(&memory);
+ *
+ *     aerostat_device_set_features(device, features_the_driver_selected);
+ *     inflate.queue_size = 128;
+ *     inflate.kick_fd = ioeventfd;
+ *     inflate.call_fd = irqfd;
+ *     inflate.desc_gpa = desc, inflate.avail_gpa = avail, inflate.used_gpa = used;
+ *     aerostat_device_start_queue(device, 0, &inflate);
+ *     aerostat_device_activate(device);
+ *
+ *     aerostat_device_set_target(device, 512u << 20);
+ *     ...
+ *     aerostat_device_destroy(&device);
+ *     aerostat_runtime_destroy(&runtime);
+ *
+ * RULES FOR ALL FUNCTIONS
+ *
+ * Errors. A function that returns int returns a negative errno value if it fails, and says why in
+ * aerostat_last_error(). A call that failed changed nothing, unless its description says otherwise.
+ * Each value has one meaning throughout:
+ *
+ *   -EFAULT         a pointer is NULL that must not be
+ *   -EMSGSIZE       the size of a structure is too small: is it set?
+ *   -E2BIG          a structure asks for something that this version of the library does not know
+ *   -EINVAL         a value is outside its domain, or a flag is not known
+ *   -EEXIST         memory regions overlap
+ *   -EADDRNOTAVAIL  an address or length is not aligned
+ *   -ERANGE         an address is outside guest memory, or overflows
+ *   -EBADF          a descriptor is closed, or of the wrong kind
+ *   -ENOTSUP        a feature is not offered, not negotiated, or not compiled in
+ *   -EALREADY       the device or queue is started already
+ *   -ENOTCONN       the device is not set up far enough
+ *   -EBUSY          the device is paused
+ *   -EPROTO         the call ends something that was not begun
+ *   -ENOENT         there is no such queue
+ *   -ENXIO          there is no such host node
+ *   -EAGAIN         too many elements wait
+ *   -ETIMEDOUT      the guest did not answer in time
+ *   -EDEADLK        a log callback called what would wait for it
+ *   -ENOTRECOVERABLE  the library hit a bug of its own. All later calls on the device return this;
+ *                   destroy it. Other devices, and the process, are not affected.
+ *   other values    what the operating system answered
+ *
+ * What the guest does is never an error of a call: it is acknowledged, as far as the standard asks
+ * for it, and counted (struct aerostat_counters).
+ *
+ * Structures that start with `size` can grow. Set size to sizeof the structure; the *_INIT macros
+ * do. Fields that a caller's version lacks count as 0; fields that the library's version lacks have
+ * to be 0, else the call fails with -E2BIG. In structures that the library fills, fields that it
+ * does not know become 0, and size then tells how many bytes it filled. Reserved fields are 0.
+ *
+ * Pointers. Unless a description says otherwise, a pointer may not be NULL, has to point to what its
+ * type says, and is used during the call only. NULL is always noticed; other wrong pointers cannot be.
+ *
+ * Handles are what the *_new() functions store in *out. The caller owns them until *_destroy(),
+ * which takes the address of the pointer, sets it to NULL, and cannot fail. A handle must not be used
+ * after that, through a copy for instance.
+ *
+ * Descriptors are duplicated by the library if it keeps them (close-on-exec); the caller's may be
+ * closed after the call.
+ *
+ * Threads. Functions may be called from any thread, several at a time and on the same handle, except
+ * *_destroy(), which has to be the last call on its handle. The library calls the VMM back only
+ * through aerostat_set_log(); all else is signalled by eventfds. Functions that "may wait for
+ * milliseconds" wait for requests in flight, which never wait for the VMM in their turn. No function
+ * may be called from a signal handler, or in a child after fork().
+ */
+
+
+
+#ifndef AEROSTAT_H
+#define AEROSTAT_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+/** Major version that this header belongs to. */
+#define AEROSTAT_VERSION_MAJOR 0
+
+/** Minor version that this header belongs to. */
+#define AEROSTAT_VERSION_MINOR 1
+
+/** Patch version that this header belongs to. */
+#define AEROSTAT_VERSION_PATCH 0
+
+/** The region is mapped with MAP_SHARED: discarding has to reach the file behind it. */
+#define AEROSTAT_REGION_SHARED (1u << 0)
+
+/** The region can never be ballooned: ROM, firmware. Its pages are counted as out of range. */
+#define AEROSTAT_REGION_READONLY (1u << 1)
+
+/**
+ * The region's pages are pinned, by device assignment for instance: discarding them would free
+ * nothing or break the device. They can be ballooned, and are counted as skipped_pinned_bytes.
+ */
+#define AEROSTAT_REGION_PINNED (1u << 2)
+
+/**
+ * VIRTIO_BALLOON_F_MUST_TELL_HOST: the guest waits for the acknowledgement of a deflate before it
+ * uses the pages again. Lets the device discard after it has acknowledged an inflate.
+ */
+#define AEROSTAT_FEATURE_MUST_TELL_HOST (1ull << 0)
+
+/** VIRTIO_BALLOON_F_STATS_VQ: the guest tells of its memory; see aerostat_device_guest_stats(). */
+#define AEROSTAT_FEATURE_STATS_VQ (1ull << 1)
+
+/** VIRTIO_BALLOON_F_DEFLATE_ON_OOM: the guest may take pages back when it runs out of memory. */
+#define AEROSTAT_FEATURE_DEFLATE_ON_OOM (1ull << 2)
+
+/** VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration. */
+#define AEROSTAT_FEATURE_FREE_PAGE_HINT (1ull << 3)
+
+/** VIRTIO_BALLOON_F_PAGE_POISON: the guest tells what it fills free pages with. */
+#define AEROSTAT_FEATURE_PAGE_POISON (1ull << 4)
+
+/** VIRTIO_BALLOON_F_REPORTING: the guest reports free pages on its own account. */
+#define AEROSTAT_FEATURE_PAGE_REPORTING (1ull << 5)
+
+/** VIRTIO_F_INDIRECT_DESC: descriptors may point to tables of descriptors. Rings only. */
+#define AEROSTAT_FEATURE_INDIRECT_DESC (1ull << 28)
+
+/** VIRTIO_F_EVENT_IDX: kicks and interrupts are suppressed by index. Rings only. */
+#define AEROSTAT_FEATURE_EVENT_IDX (1ull << 29)
+
+/** VIRTIO_F_VERSION_1: the device is not a legacy one. */
+#define AEROSTAT_FEATURE_VERSION_1 (1ull << 32)
+
+/** VIRTIO_F_RING_PACKED: queues are packed rings. */
+#define AEROSTAT_FEATURE_RING_PACKED (1ull << 34)
+
+/** VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available. */
+#define AEROSTAT_FEATURE_IN_ORDER (1ull << 35)
+
+/**
+ * The length of the configuration space in bytes: num_pages, actual, free_page_hint_cmd_id,
+ * poison_val, each 32 bits, little-endian.
+ */
+#define AEROSTAT_CONFIG_BYTES 16
+
+/**
+ * The VMM pops this queue's elements itself and passes them to aerostat_device_submit(). The
+ * fields of rings are not looked at.
+ */
+#define AEROSTAT_QUEUE_ELEMENT (1u << 0)
+
+/**
+ * The element was not served: the device was reset, its queue was stopped, or the queue is not
+ * started as an element queue. Nothing was written to it. Unpop it, or drop it.
+ */
+#define AEROSTAT_COMPLETION_UNSERVED (1 << 0)
+
+/** How many values `struct aerostat_guest_stats` has. */
+#define AEROSTAT_STATS 16
+
+/** Where a device stands in its life cycle. */
+enum aerostat_state {
+    /** New or reset: features, memory and queues may be set. */
+    AEROSTAT_STATE_CONFIGURING = 0,
+    /** Serving its queues. */
+    AEROSTAT_STATE_ACTIVE = 1,
+    /** Set up, but nothing is served until aerostat_device_resume(). */
+    AEROSTAT_STATE_PAUSED = 2,
+    /**
+     * A ring broke; nothing is served until aerostat_device_reset(). The VMM sets the status bit
+     * DEVICE_NEEDS_RESET (requirement S4).
+     */
+    AEROSTAT_STATE_NEEDS_RESET = 3,
+};
+
+/**
+ * What a value of `struct aerostat_guest_stats` is about (VIRTIO 1.4, 5.5.6.4; requirement S8).
+ * Counters start at the guest's boot.
+ */
+enum aerostat_stat {
+    /** Bytes swapped in. */
+    AEROSTAT_STAT_SWAP_IN = 0,
+    /** Bytes swapped out. */
+    AEROSTAT_STAT_SWAP_OUT = 1,
+    /** Major page faults. */
+    AEROSTAT_STAT_MAJFLT = 2,
+    /** Minor page faults. */
+    AEROSTAT_STAT_MINFLT = 3,
+    /** Bytes of memory that are not used at all. */
+    AEROSTAT_STAT_MEMFREE = 4,
+    /** Bytes of memory that the guest has in total, without the balloon. */
+    AEROSTAT_STAT_MEMTOT = 5,
+    /** Bytes that could be had without swapping. */
+    AEROSTAT_STAT_AVAIL = 6,
+    /** Bytes of caches that could be dropped quickly. */
+    AEROSTAT_STAT_CACHES = 7,
+    /** Successful allocations of huge pages. */
+    AEROSTAT_STAT_HTLB_PGALLOC = 8,
+    /** Failed allocations of huge pages. */
+    AEROSTAT_STAT_HTLB_PGFAIL = 9,
+    /** Processes killed for lack of memory. */
+    AEROSTAT_STAT_OOM_KILL = 10,
+    /** Allocations that had to wait for reclaim. */
+    AEROSTAT_STAT_ALLOC_STALL = 11,
+    /** Pages scanned by background reclaim. */
+    AEROSTAT_STAT_ASYNC_SCAN = 12,
+    /** Pages scanned by direct reclaim. */
+    AEROSTAT_STAT_DIRECT_SCAN = 13,
+    /** Pages reclaimed in the background. */
+    AEROSTAT_STAT_ASYNC_RECLAIM = 14,
+    /** Pages reclaimed directly. */
+    AEROSTAT_STAT_DIRECT_RECLAIM = 15,
+};
+
+/** How much a log message matters. */
+enum aerostat_log_level {
+    /** Nothing is logged. */
+    AEROSTAT_LOG_OFF = 0,
+    /** Something failed that the guest or the host will notice. */
+    AEROSTAT_LOG_ERROR = 1,
+    /** Something is odd, or works with less effect than it should. */
+    AEROSTAT_LOG_WARN = 2,
+    /** What an operator wants to know: life cycle, capabilities found. */
+    AEROSTAT_LOG_INFO = 3,
+    /** What a developer of a VMM wants to know. */
+    AEROSTAT_LOG_DEBUG = 4,
+    /** Everything. */
+    AEROSTAT_LOG_TRACE = 5,
+};
+
+/** A virtio balloon device (device ID 5). */
+struct aerostat_device;
+
+/** An immutable table of a guest's memory regions. A guest whose memory changes gets a new table. */
+struct aerostat_memory;
+
+/**
+ * The worker threads, and the thread that waits for kicks. One runtime serves many devices; a
+ * process normally has one.
+ */
+struct aerostat_runtime;
+
+/**
+ * Takes one log message: the user pointer of aerostat_set_log(), an enum aerostat_log_level, and
+ * one line of text without a line end, which is valid during the call only.
+ *
+ * It is called from the library's threads as well as from threads that call the library, several
+ * at a time. It must not block, and must not call aerostat_set_log(); it may call anything else that
+ * never waits. Messages that the library has for it meanwhile, on the same thread, are dropped.
+ */
+typedef void (*aerostat_log_callback)(void *user, int level, const char *message);
+
+/** How a runtime is set up; see `AEROSTAT_RUNTIME_CONFIG_INIT`. */
+struct aerostat_runtime_config {
+    /** sizeof(struct aerostat_runtime_config). */
+    uint32_t size;
+    /** 0; no flags are defined. */
+    uint32_t flags;
+    /**
+     * Worker threads for each host NUMA node that has processors. 0 chooses by the number of
+     * processors.
+     */
+    uint32_t workers_per_node;
+    /** 0. */
+    uint32_t reserved;
+};
+
+/** One contiguous piece of guest memory and what backs it; see `AEROSTAT_MEMORY_REGION_INIT`. */
+struct aerostat_memory_region {
+    /** sizeof(struct aerostat_memory_region); in an array it is also the distance of its elements. */
+    uint32_t size;
+    /** AEROSTAT_REGION_* bits. */
+    uint32_t flags;
+    /** Where the guest sees the region: a guest physical address, a multiple of the page size. */
+    uint64_t gpa;
+    /** How long it is, in bytes: a multiple of the page size, not 0. */
+    uint64_t len_bytes;
+    /** Where this process has it mapped, page aligned. Its contents are going to be discarded. */
+    void *hva;
+    /**
+     * The file behind the mapping (memfd, tmpfs, hugetlbfs, guest_memfd), open for writing unless
+     * the region is read-only; -1 for anonymous memory. Duplicated, so it may be closed after the
+     * call.
+     */
+    int32_t fd;
+    /** The host NUMA node that the memory is bound to; -1 if it is not bound or not known. */
+    int32_t node;
+    /** Where in the file the region starts, in bytes: a multiple of the page size. */
+    uint64_t fd_offset_bytes;
+    /**
+     * The size of the host's pages behind the region, in bytes. 0 stands for the page size of
+     * hugetlbfs if fd is on it, else for the host's base page size; anonymous MAP_HUGETLB memory
+     * has to tell. Transparent huge pages do not count.
+     */
+    uint64_t page_size_bytes;
+};
+
+/** How a device is set up; see `AEROSTAT_DEVICE_CONFIG_INIT`. */
+struct aerostat_device_config {
+    /** sizeof(struct aerostat_device_config). */
+    uint32_t size;
+    /** 0; no flags are defined. */
+    uint32_t flags;
+    /** The features to offer, AEROSTAT_FEATURE_* bits; 0 offers what the library recommends. */
+    uint64_t features;
+    /**
+     * An eventfd signalled when the guest is to get a configuration change interrupt: the target
+     * was set, or the device went to AEROSTAT_STATE_NEEDS_RESET. -1: none. Duplicated.
+     */
+    int32_t config_fd;
+    /**
+     * An eventfd signalled when aerostat_device_completions() has something to collect. -1: none.
+     * Duplicated.
+     */
+    int32_t completion_fd;
+};
+
+/**
+ * One queue to start; see `AEROSTAT_QUEUE_CONFIG_INIT`.
+ *
+ * Queues are numbered as the driver numbers them: 0 inflate, 1 deflate, and then those of the
+ * negotiated features, either densely as Linux does it or at the fixed numbers 2 stats, 3 hinting,
+ * 4 reporting of the standard. Which it is the device finds out from what was started.
+ */
+struct aerostat_queue_config {
+    /** sizeof(struct aerostat_queue_config). */
+    uint32_t size;
+    /** AEROSTAT_QUEUE_* bits. */
+    uint32_t flags;
+    /** Number of descriptors: a power of two up to 32768. Not looked at for element queues. */
+    uint16_t queue_size;
+    /**
+     * Where to go on in the available ring: 0 for a new ring, else as aerostat_device_stop_queue()
+     * returned it.
+     */
+    uint16_t next_avail;
+    /** Where to go on in the used ring: likewise. */
+    uint16_t next_used;
+    /** 0. */
+    uint16_t reserved;
+    /** The eventfd on which the guest's kicks arrive (an ioeventfd). Duplicated. */
+    int32_t kick_fd;
+    /** The eventfd to signal for an interrupt (an irqfd); -1 for a guest that polls. Duplicated. */
+    int32_t call_fd;
+    /** Guest physical address of the descriptor table; a multiple of 16. */
+    uint64_t desc_gpa;
+    /** Guest physical address of the available ring; a multiple of 2. */
+    uint64_t avail_gpa;
+    /** Guest physical address of the used ring; a multiple of 4. */
+    uint64_t used_gpa;
+};
+
+/** How far a ring has been served. */
+struct aerostat_queue_position {
+    /** sizeof(struct aerostat_queue_position), set by the caller. */
+    uint32_t size;
+    /** The next entry of the available ring to be served. */
+    uint16_t next_avail;
+    /** The next entry of the used ring to be written. */
+    uint16_t next_used;
+    /** 0. */
+    uint64_t reserved[3];
+};
+
+/**
+ * A buffer that the VMM popped from its own virtqueue (QEMU: a VirtQueueElement). This structure
+ * has a fixed length and grows by its flags.
+ */
+struct aerostat_element {
+    /** Returned with the completion; otherwise not looked at. */
+    uint64_t token;
+    /** What the device may read (QEMU: out_sg). NULL if n_readable is 0. */
+    const struct iovec *readable;
+    /**
+     * What the device may write (QEMU: in_sg); on the reporting queue, the reported pages. NULL if
+     * n_writable is 0.
+     */
+    const struct iovec *writable;
+    /** How many iovecs readable has. */
+    uint32_t n_readable;
+    /** How many iovecs writable has. */
+    uint32_t n_writable;
+    /** The queue that it was popped from. */
+    uint32_t queue;
+    /** 0; no flags are defined. */
+    uint32_t flags;
+};
+
+/**
+ * An element that the device is done with. This structure has a fixed length and grows by its
+ * flags.
+ */
+struct aerostat_completion {
+    /** The element's token. */
+    uint64_t token;
+    /** Bytes written to the element, for its used length (QEMU: virtqueue_push()). */
+    uint32_t written_bytes;
+    /** The queue to push it to. */
+    uint16_t queue;
+    /** AEROSTAT_COMPLETION_* bits; a caller ignores those that it does not know. */
+    uint16_t flags;
+};
+
+/**
+ * A balloon's size and state. All sizes are of the ballooned area (requirement X1), never of the
+ * memory that is left to the guest.
+ */
+struct aerostat_balloon {
+    /** sizeof(struct aerostat_balloon), set by the caller. */
+    uint32_t size;
+    /** An enum aerostat_state. */
+    uint32_t state;
+    /** Bytes that the balloon should hold. */
+    uint64_t target_bytes;
+    /**
+     * Bytes that the guest says it holds (its `actual`). It may stay below the target for as long
+     * as the guest likes (requirement A1).
+     */
+    uint64_t actual_bytes;
+    /**
+     * Bytes that it holds by the device's own count of distinct pages. The count may follow a moment
+     * after the guest was told.
+     */
+    uint64_t ballooned_bytes;
+    /** Bytes of guest memory: the sum of the table's regions; 0 without a table. */
+    uint64_t memory_bytes;
+    /** 0. */
+    uint64_t reserved[4];
+};
+
+/** What a guest last told of its memory. */
+struct aerostat_guest_stats {
+    /** sizeof(struct aerostat_guest_stats), set by the caller. */
+    uint32_t size;
+    /** Which values the guest sent: bit n stands for values[n]. */
+    uint32_t present;
+    /** The values, by enum aerostat_stat; 0 where the guest sent none. */
+    uint64_t values[16];
+    /** How often the guest has told since the device was activated; 0: it has not yet. */
+    uint64_t sequence;
+    /** How old the values are, in milliseconds; 0 as long as there are none. */
+    uint64_t age_ms;
+    /** 0. */
+    uint64_t reserved[4];
+};
+
+/**
+ * What became of the bytes of one kind of request (invariant I4). Values only grow, but for
+ * pending_bytes and held_bytes. At every instant requested_bytes + reopened_bytes equals
+ * discarded_bytes + pending_bytes + held_bytes + withdrawn_bytes + all of skipped_*_bytes.
+ */
+struct aerostat_flow {
+    /** Bytes that the guest handed over: 4096 for each page frame number, whatever became of it. */
+    uint64_t requested_bytes;
+    /** Bytes that a successful system call freed on the host. */
+    uint64_t discarded_bytes;
+    /** Bytes that were acknowledged to the guest and are still to be discarded (write-behind). */
+    uint64_t pending_bytes;
+    /** Bytes in incomplete huge frames; they are discarded when the frame is complete. */
+    uint64_t held_bytes;
+    /** Bytes of discarded huge frames that count as held again since a part was taken back. */
+    uint64_t reopened_bytes;
+    /** Bytes that were taken back while they were pending or held. */
+    uint64_t withdrawn_bytes;
+    /** Not discarded: aerostat_device_inhibit() was in force. */
+    uint64_t skipped_inhibited_bytes;
+    /** Not discarded: outside guest memory, in a hole, or in a read-only region. */
+    uint64_t skipped_out_of_range_bytes;
+    /** Not discarded: in the balloon already, or twice in one batch. */
+    uint64_t skipped_duplicate_bytes;
+    /** Not discarded: the region is AEROSTAT_REGION_PINNED. */
+    uint64_t skipped_pinned_bytes;
+    /** Not discarded: reported pages that cover a part of a huge frame only, or are poisoned. */
+    uint64_t skipped_partial_bytes;
+    /** Not discarded: the system call failed. */
+    uint64_t skipped_failed_bytes;
+    /** 0. */
+    uint64_t reserved[4];
+};
+
+/** All counters of a device, or one host node's share of them. */
+struct aerostat_counters {
+    /** sizeof(struct aerostat_counters), set by the caller. */
+    uint32_t size;
+    /** 0. */
+    uint32_t reserved0;
+    /** Pages that the guest put into the balloon. */
+    struct aerostat_flow balloon;
+    /** Pages that it reported as free, which stay its own. */
+    struct aerostat_flow report;
+    /** Bytes taken out of the balloon again. */
+    uint64_t returned_bytes;
+    /** Bytes that the guest wanted out of the balloon and that were not in it. */
+    uint64_t rejected_take_bytes;
+    /** System calls made to discard. */
+    uint64_t discard_calls;
+    /** Ranges of memory passed to those calls. */
+    uint64_t discard_ranges;
+    /** Time spent in those calls, summed over threads, in nanoseconds. */
+    uint64_t discard_ns;
+    /** Buffers completed on the inflate queue. */
+    uint64_t inflate_chains;
+    /** Buffers completed on the deflate queue. */
+    uint64_t deflate_chains;
+    /** Buffers completed on the reporting queue. */
+    uint64_t report_chains;
+    /** Buffers read on the stats queue. */
+    uint64_t stats_chains;
+    /** Buffers that were malformed, or whose content makes no sense; completed all the same. */
+    uint64_t chain_errors;
+    /** Rings that broke so badly that the device needs a reset. */
+    uint64_t broken_rings;
+    /** Writes to fields of the configuration space that are not the driver's. */
+    uint64_t config_errors;
+    /** 0. */
+    uint64_t reserved[8];
+};
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * The version of the library that the program runs with.
+ *
+ * Returns: major << 16 | minor << 8 | patch, to compare with `AEROSTAT_VERSION`, the version that
+ * the program was built for. Libraries of the same SONAME serve programs built for older versions.
+ *
+ * Threads: any.
+ */
+uint32_t aerostat_version(void);
+
+/**
+ * The version of the library that the program runs with, as text: "0.1.0".
+ *
+ * Returns: never NULL.
+ *
+ * Lifetime: valid as long as the library is loaded.
+ *
+ * Threads: any.
+ */
+const char *aerostat_version_string(void);
+
+/**
+ * Explains the calling thread's last failed call in one English sentence.
+ *
+ * Returns: never NULL; an empty string if no call of this thread has failed yet. Calls that
+ * succeed leave the message as it is.
+ *
+ * Lifetime: the string belongs to the library and stays valid until this thread's next call into
+ * the library, or its end. Copy it to keep it.
+ *
+ * Threads: any; each thread has its own message.
+ */
+const char *aerostat_last_error(void);
+
+/**
+ * Sends the library's log messages of the whole process to callback, up to level. NULL, or
+ * AEROSTAT_LOG_OFF, ends that. Without this call nothing is logged.
+ *
+ * Returns: 0, or -EINVAL (level is no enum aerostat_log_level), -EDEADLK (called from a log
+ * callback), -EALREADY (in a Rust program that has installed a logger of its own).
+ *
+ * Lifetime: the former callback and its user pointer are out of use when this returns.
+ *
+ * Threads: any, except from within a callback.
+ */
+int aerostat_set_log(aerostat_log_callback callback, void *user, int level);
+
+/**
+ * Finds out what the host can do, and starts the threads that serve devices.
+ *
+ * All threads of the library are started before this returns. The system calls that they make, for
+ * a seccomp filter, are listed in docs/c-abi.md.
+ *
+ * Returns: 0, or
+ * -EINVAL (an unknown flag, or more than 64 workers a node),
+ * -EMSGSIZE, -E2BIG (config->size),
+ * -EFAULT (a pointer is NULL),
+ * or what the operating system answered (-EAGAIN, -EMFILE, -ENOMEM, -EPERM) if threads or
+ * descriptors cannot be had. On failure *out is NULL.
+ *
+ * Lifetime: config is read during the call only.
+ *
+ * Threads: any.
+ */
+int aerostat_runtime_new(const struct aerostat_runtime_config *config,
+                         struct aerostat_runtime **out);
+
+/**
+ * Gives up a runtime and sets *runtime to NULL. NULL, and a pointer to NULL, are ignored.
+ *
+ * Devices keep the threads they need: those end with the last device, or here if there is none.
+ *
+ * Threads: any that the library did not start; no other thread may be using this handle.
+ */
+void aerostat_runtime_destroy(struct aerostat_runtime **runtime);
+
+/**
+ * Tells how far the host's NUMA nodes are numbered: aerostat_device_node_counters() takes numbers
+ * below this one, and -1.
+ *
+ * Returns: one more than the highest number of a node, or -EFAULT if runtime is NULL.
+ *
+ * Threads: any.
+ */
+int aerostat_runtime_nodes(const struct aerostat_runtime *runtime);
+
+/**
+ * Counts the runtime's worker threads.
+ *
+ * Returns: the number of threads, at least 1, or -EFAULT if runtime is NULL.
+ *
+ * Threads: any.
+ */
+int aerostat_runtime_workers(const struct aerostat_runtime *runtime);
+
+/**
+ * Makes a table of n_regions memory regions, in any order.
+ *
+ * Returns: 0, or
+ * -EINVAL (no region or more than 4096, an unknown flag, an empty region, a page size that is no
+ * power of two, elements of different size),
+ * -EFAULT (a pointer or an hva is NULL),
+ * -EMSGSIZE, -E2BIG (a region's size),
+ * -EADDRNOTAVAIL (an address, length or offset is not a multiple of the page size),
+ * -ERANGE (a region ends behind the address space, or behind the end of its file),
+ * -EEXIST (two regions overlap in guest address space),
+ * -EBADF (an fd is not open, not a file that can be mapped, or not open for writing).
+ * On failure *out is NULL.
+ *
+ * Lifetime: regions is read during the call only, and descriptors are duplicated. The *mappings*
+ * have to stay, with nothing else mapped there, until every device that was given the table has
+ * been given another one or is destroyed; destroying the handle does not change that.
+ *
+ * Threads: any.
+ */
+int aerostat_memory_new(const struct aerostat_memory_region *regions,
+                        size_t n_regions,
+                        struct aerostat_memory **out);
+
+/**
+ * Gives up a table and sets *memory to NULL. NULL, and a pointer to NULL, are ignored.
+ *
+ * Devices that were given the table go on using it: the mappings have to stay.
+ *
+ * Threads: any; no other thread may be using this handle.
+ */
+void aerostat_memory_destroy(struct aerostat_memory **memory);
+
+/**
+ * Makes a balloon device that runtime's threads serve.
+ *
+ * Returns: 0, or
+ * -EINVAL (an unknown flag),
+ * -ENOTSUP (a feature that this version does not have),
+ * -EBADF (config_fd or completion_fd is neither -1 nor an open eventfd),
+ * -EMSGSIZE, -E2BIG (config->size),
+ * -EFAULT (a pointer is NULL),
+ * or what the operating system answered. On failure *out is NULL.
+ *
+ * Lifetime: config is read during the call only, and descriptors are duplicated. Eventfds become
+ * non-blocking, which they share with the caller's descriptors. The device keeps the runtime's
+ * threads alive.
+ *
+ * Threads: any.
+ */
+int aerostat_device_new(struct aerostat_runtime *runtime,
+                        const struct aerostat_device_config *config,
+                        struct aerostat_device **out);
+
+/**
+ * Destroys a device and sets *device to NULL. NULL, and a pointer to NULL, are ignored.
+ *
+ * Waits until nothing is in flight: afterwards the library touches neither guest memory nor
+ * eventfds nor iovecs of this device. Completions that were not collected are lost.
+ *
+ * Threads: any that the library did not start; no other thread may be using this handle.
+ */
+void aerostat_device_destroy(struct aerostat_device **device);
+
+/**
+ * Tells where a device stands in its life cycle.
+ *
+ * Returns: an enum aerostat_state (never negative), or -EFAULT if device is NULL.
+ *
+ * Threads: any. Never waits.
+ */
+int aerostat_device_state(const struct aerostat_device *device);
+
+/**
+ * Gives a device its guest's memory, or replaces it. Allowed in every state.
+ *
+ * Waits until nothing is in flight: when it returns, the old table is out of use, and what only it
+ * covered may be unmapped. Running rings have to lie in the new table too. Balloon pages in
+ * regions that went away are forgotten.
+ *
+ * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table; the
+ * old one stays in use).
+ *
+ * Lifetime: the device keeps what it needs of memory, which may be destroyed at once; its mappings
+ * have to stay (see aerostat_memory_new()).
+ *
+ * Threads: any; may wait for milliseconds.
+ */
+int aerostat_device_set_memory(struct aerostat_device *device,
+                               const struct aerostat_memory *memory);
+
+/**
+ * Begins to serve the queues: what a VMM calls when the driver sets DRIVER_OK. Every queue is
+ * looked at once, kicked or not (VIRTIO 1.4, 3.1.1; requirement S2).
+ *
+ * Returns: 0, or
+ * -ENOTCONN (features or memory are not set, or a ring broke and the device was not reset),
+ * -EALREADY (it is active already),
+ * -EBUSY (it is paused: aerostat_device_resume()),
+ * -EFAULT (device is NULL).
+ *
+ * Threads: any.
+ */
+int aerostat_device_activate(struct aerostat_device *device);
+
+/**
+ * Stops serving, for a stopped VM or a snapshot, and waits until nothing is in flight (invariant
+ * I2). Pausing a paused device does nothing.
+ *
+ * All submitted elements are served first, and their completions can be collected, but for the
+ * buffer of the stats queue, which stays with the device. From then on guest memory is neither read
+ * nor written nor discarded. Kicks that come meanwhile are served after aerostat_device_resume();
+ * elements are refused.
+ *
+ * Returns: 0, or -ENOTCONN (it was not activated, or needs a reset), -EFAULT (device is NULL).
+ *
+ * Threads: any; may wait for milliseconds.
+ */
+int aerostat_device_pause(struct aerostat_device *device);
+
+/**
+ * Serves again after aerostat_device_pause().
+ *
+ * Returns: 0, or -EPROTO (it is not paused), -EFAULT (device is NULL).
+ *
+ * Threads: any.
+ */
+int aerostat_device_resume(struct aerostat_device *device);
+
+/**
+ * Back to AEROSTAT_STATE_CONFIGURING: what a VMM calls when the driver writes 0 to the status
+ * (VIRTIO 1.4, 2.4; requirements S3 and A6).
+ *
+ * Waits until nothing is in flight; afterwards no ring and no iovec is touched. The queues are
+ * gone, no features are selected, and the balloon is empty; memory and target stay. Elements that
+ * were not served come back from aerostat_device_completions() with AEROSTAT_COMPLETION_UNSERVED.
+ *
+ * Returns: 0, or -EFAULT (device is NULL).
+ *
+ * Threads: any; may wait for milliseconds.
+ */
+int aerostat_device_reset(struct aerostat_device *device);
+
+/**
+ * Forbids discarding: for device assignment that pins memory, postcopy migration, a background
+ * snapshot. From its return on nothing is discarded until aerostat_device_uninhibit(); calls nest.
+ *
+ * The guest is still acknowledged, its pages still move into and out of the balloon, and what is
+ * skipped is counted as skipped_inhibited_bytes (invariant I4). Allowed in every state.
+ *
+ * Returns: 0, or -EFAULT (device is NULL).
+ *
+ * Threads: any; may wait for milliseconds.
+ */
+int aerostat_device_inhibit(struct aerostat_device *device);
+
+/**
+ * Takes back one aerostat_device_inhibit(). What was skipped meanwhile stays skipped.
+ *
+ * Returns: 0, or -EPROTO (nothing inhibits), -EFAULT (device is NULL).
+ *
+ * Threads: any.
+ */
+int aerostat_device_uninhibit(struct aerostat_device *device);
+
+/**
+ * Tells which features the guest may select from (VIRTIO 1.4, 2.2; requirement S1).
+ *
+ * A device whose queues are all element queues may mask the bits of rings, or offer its own: the
+ * library does not look at them then.
+ *
+ * Returns: 0 and the features in *out, or -EFAULT if a pointer is NULL.
+ *
+ * Threads: any.
+ */
+int aerostat_device_offered_features(const struct aerostat_device *device,
+                                     uint64_t *out);
+
+/**
+ * Tells which features were selected.
+ *
+ * Returns: 0 and the features in *out (0 before aerostat_device_set_features()), or -EFAULT if a
+ * pointer is NULL.
+ *
+ * Threads: any.
+ */
+int aerostat_device_features(const struct aerostat_device *device,
+                             uint64_t *out);
+
+/**
+ * Takes the driver's selection of features: what a VMM calls when the driver sets FEATURES_OK
+ * (VIRTIO 1.4, 3.1.1; requirement S1). If it is refused, FEATURES_OK has to stay clear.
+ *
+ * Returns: 0, or -ENOTSUP (features that were not offered), -EALREADY (a queue is started already:
+ * reset the device first), -EFAULT (device is NULL).
+ *
+ * Threads: any.
+ */
+int aerostat_device_set_features(struct aerostat_device *device,
+                                 uint64_t features);
+
+/**
+ * Reads len bytes of the configuration space from offset on, for a driver's read (VIRTIO 1.4,
+ * 5.5.4). What lies behind the end of the space reads as zero.
+ *
+ * Returns: 0, or -EFAULT (device is NULL, or data is NULL and len is not 0).
+ *
+ * Lifetime: data is written during the call only. It must not be memory that the guest can reach.
+ *
+ * Threads: any, a vCPU's too. Never waits.
+ */
+int aerostat_device_read_config(const struct aerostat_device *device,
+                                uint64_t offset,
+                                void *data,
+                                size_t len);
+
+/**
+ * Takes a driver's write of len bytes at offset to the configuration space. Whatever the guest
+ * writes is accepted: fields that are not the driver's keep their value, and attempts to change
+ * them are counted as config_errors.
+ *
+ * Returns: 0; or 1 if the guest's `actual` changed, which a VMM may want to announce (QEMU's
+ * BALLOON_CHANGE); or -EFAULT (device is NULL, or data is NULL and len is not 0).
+ *
+ * Lifetime: data is read during the call only. It must not be memory that the guest can reach.
+ *
+ * Threads: any, a vCPU's too. Never waits.
+ */
+int aerostat_device_write_config(struct aerostat_device *device,
+                                 uint64_t offset,
+                                 const void *data,
+                                 size_t len);
+
+/**
+ * Starts a queue: before aerostat_device_activate(), or while the device is active or paused.
+ *
+ * aerostat_device_set_features() and aerostat_device_set_memory() come first (VIRTIO 1.4, 2.7 split
+ * virtqueues).
+ *
+ * Returns: 0, or
+ * -ENOENT (index is 5 or more),
+ * -EALREADY (the queue is started),
+ * -EINVAL (an unknown flag; queue_size is no power of two up to 32768),
+ * -EADDRNOTAVAIL (an address is not aligned),
+ * -ERANGE (a ring is not inside one memory region),
+ * -EBADF (kick_fd is no open eventfd, or call_fd neither -1 nor one),
+ * -ENOTCONN (features or memory are not set, or the device needs a reset),
+ * -EMSGSIZE, -E2BIG (config->size),
+ * -EFAULT (a pointer is NULL).
+ *
+ * Lifetime: config is read during the call only, and descriptors are duplicated. Eventfds become
+ * non-blocking, which they share with the caller's descriptors.
+ *
+ * Threads: any.
+ */
+int aerostat_device_start_queue(struct aerostat_device *device,
+                                uint32_t index,
+                                const struct aerostat_queue_config *config);
+
+/**
+ * Stops a queue after what is in flight on it, and tells how far it was served. The queue can be
+ * started again there, by this process or another one. A held stats buffer goes back into its ring;
+ * elements that were not served complete with AEROSTAT_COMPLETION_UNSERVED.
+ *
+ * Returns: 0 and the position in *out (zeros for an element queue), or -ENOENT (index is 5 or more,
+ * or the queue is not started), -EMSGSIZE or -EFAULT (out; device is NULL).
+ *
+ * Threads: any; may wait for milliseconds.
+ */
+int aerostat_device_stop_queue(struct aerostat_device *device,
+                               uint32_t index,
+                               struct aerostat_queue_position *out);
+
+/**
+ * Replaces the eventfd that interrupts are signalled on, while the queue runs. The new one is
+ * signalled once, in case that the old one swallowed an interrupt.
+ *
+ * Returns: 0, or -ENOENT (index is 5 or more, or no ring is started there), -EBADF (call_fd is
+ * neither -1 nor an open eventfd), -EFAULT (device is NULL).
+ *
+ * Lifetime: call_fd is duplicated.
+ *
+ * Threads: any.
+ */
+int aerostat_device_set_queue_call(struct aerostat_device *device,
+                                   uint32_t index,
+                                   int32_t call_fd);
+
+/**
+ * Hands over n elements of queues that were started with AEROSTAT_QUEUE_ELEMENT. All of them are
+ * taken, or none.
+ *
+ * Each element is completed exactly once (invariant I2), after its pages were discarded where the
+ * guest may count on it; completions of different elements come in any order. The buffer of the
+ * stats queue is held until aerostat_device_guest_stats() asks for news (requirement S8).
+ *
+ * Returns: 0, or
+ * -EAGAIN (too many elements wait: collect completions first),
+ * -ENOENT (no queue has such a number),
+ * -EINVAL (an unknown flag, or more than 65536 elements or iovecs),
+ * -ENOTCONN (the device is not active),
+ * -EBUSY (it is paused),
+ * -EFAULT (a pointer is NULL whose count is not 0).
+ *
+ * Lifetime: elements, and its arrays of iovecs, are read during the call only. What the iovecs
+ * point to has to stay mapped until the completion was collected or the device was reset. Iovecs
+ * outside the memory table are allowed for what the device reads or writes; reported pages have to
+ * be in it, else they are counted as out of range.
+ *
+ * Threads: any. Does not wait for the elements.
+ */
+int aerostat_device_submit(struct aerostat_device *device,
+                           const struct aerostat_element *elements,
+                           size_t n);
+
+/**
+ * Collects up to max completions, in the order in which the elements were finished.
+ *
+ * Read completion_fd first and collect afterwards until fewer than max come back: so no wake-up is
+ * lost.
+ *
+ * Returns: how many were stored in out, 0 if there is none, or -EFAULT (device is NULL, or out is
+ * NULL and max is not 0).
+ *
+ * Threads: any. Never waits. Two threads that collect get different completions.
+ */
+int aerostat_device_completions(struct aerostat_device *device,
+                                struct aerostat_completion *out,
+                                size_t max);
+
+/**
+ * Sets how many bytes the balloon should hold, rounded down to 4096, and signals config_fd.
+ *
+ * It does so too if the target is unchanged: a guest that deflated because it ran out of memory
+ * tries again only when told again (requirement S11). Allowed in every state; the target survives
+ * a reset. The guest follows at its own pace, and as far as it can (requirements A1, A2).
+ *
+ * Returns: 0, or -EINVAL (more than the guest's memory, or 16 TiB and more, which the configuration
+ * space cannot tell), -EFAULT (device is NULL).
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_set_target(struct aerostat_device *device,
+                               uint64_t target_bytes);
+
+/**
+ * Tells a balloon's size and state.
+ *
+ * Returns: 0, or -EMSGSIZE (out->size is too small), -EFAULT (a pointer is NULL).
+ *
+ * Threads: any. Never waits. The values are each current, but not all of one instant.
+ */
+int aerostat_device_query(const struct aerostat_device *device, struct aerostat_balloon *out);
+
+/**
+ * Tells what the guest last said of its memory. With a timeout it asks the guest first and waits
+ * for the answer; with 0 it takes what is there, in every state, which may be nothing.
+ *
+ * Returns: 0, or
+ * -EMSGSIZE (out->size is too small), -EFAULT (a pointer is NULL),
+ * and with a timeout also
+ * -ENOTSUP (AEROSTAT_FEATURE_STATS_VQ is not negotiated),
+ * -ENOTCONN (the device is not active),
+ * -EBUSY (it is paused),
+ * -ETIMEDOUT (the guest did not answer in time).
+ *
+ * Threads: any that may wait for timeout_ms; not one that the guest needs in order to answer.
+ */
+int aerostat_device_guest_stats(struct aerostat_device *device,
+                                uint32_t timeout_ms,
+                                struct aerostat_guest_stats *out);
+
+/**
+ * Reads a device's books as of one instant. They survive a reset.
+ *
+ * Returns: 0, or -EMSGSIZE (out->size is too small), -EFAULT (a pointer is NULL).
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_counters(const struct aerostat_device *device,
+                             struct aerostat_counters *out);
+
+/**
+ * Reads one host NUMA node's share of a device's books; -1 is memory whose node is not known,
+ * which what belongs to no memory (buffers, errors) is booked with. The shares of all nodes and of
+ * -1 add up to aerostat_device_counters().
+ *
+ * Returns: 0, or -ENXIO (the host has no such node), -EINVAL (node is less than -1), -EMSGSIZE
+ * (out->size is too small), -EFAULT (a pointer is NULL).
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_node_counters(const struct aerostat_device *device,
+                                  int32_t node,
+                                  struct aerostat_counters *out);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* AEROSTAT_H */
+
+
+/** The version of this header, to compare with aerostat_version(). */
+#define AEROSTAT_VERSION                                                                           \
+    (((uint32_t)AEROSTAT_VERSION_MAJOR << 16) | ((uint32_t)AEROSTAT_VERSION_MINOR << 8) |           \
+     (uint32_t)AEROSTAT_VERSION_PATCH)
+
+/** Initializes a struct aerostat_runtime_config: the library chooses. */
+#define AEROSTAT_RUNTIME_CONFIG_INIT                                                               \
+    {                                                                                              \
+        sizeof(struct aerostat_runtime_config), 0, 0, 0                                            \
+    }
+
+/** Initializes a struct aerostat_memory_region: anonymous private memory without an address. */
+#define AEROSTAT_MEMORY_REGION_INIT                                                                \
+    {                                                                                              \
+        sizeof(struct aerostat_memory_region), 0, 0, 0, NULL, -1, -1, 0, 0                         \
+    }
+
+/** Initializes a struct aerostat_device_config: recommended features, no eventfds. */
+#define AEROSTAT_DEVICE_CONFIG_INIT                                                                \
+    {                                                                                              \
+        sizeof(struct aerostat_device_config), 0, 0, -1, -1                                        \
+    }
+
+/** Initializes a struct aerostat_queue_config: a new ring, without its addresses and eventfds. */
+#define AEROSTAT_QUEUE_CONFIG_INIT                                                                 \
+    {                                                                                              \
+        sizeof(struct aerostat_queue_config), 0, 0, 0, 0, 0, -1, -1, 0, 0, 0                       \
+    }
+
+/** Initializes a struct aerostat_queue_position that is to be filled. */
+#define AEROSTAT_QUEUE_POSITION_INIT                                                               \
+    {                                                                                              \
+        sizeof(struct aerostat_queue_position), 0, 0, { 0 }                                        \
+    }
+
+/** Initializes a struct aerostat_balloon that is to be filled. */
+#define AEROSTAT_BALLOON_INIT                                                                      \
+    {                                                                                              \
+        sizeof(struct aerostat_balloon), 0, 0, 0, 0, 0, { 0 }                                      \
+    }

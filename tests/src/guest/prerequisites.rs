@@ -1,0 +1,146 @@
+//! What a real guest needs on this machine, found once and reported in words a newcomer can act on.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
+
+use super::GuestError;
+
+/// Debian's packages for everything looked for here (`unshare` and `setpriv` are in util-linux).
+pub const INSTALL: &str = "apt-get install user-mode-linux busybox-static util-linux";
+
+/// The files a guest is made of.
+#[derive(Clone, Debug)]
+pub struct Prerequisites {
+    /// The kernel: a program of this host.
+    pub kernel: PathBuf,
+    /// The stock driver that belongs to that kernel.
+    pub balloon_module: PathBuf,
+    /// The guest's only program.
+    pub busybox: PathBuf,
+    /// Makes the namespaces that the guest's processes and mounts live in.
+    pub unshare: PathBuf,
+    /// Ties the guest's life to the harness.
+    pub setpriv: PathBuf,
+}
+
+impl Prerequisites {
+    /// Looks for everything.
+    ///
+    /// # Errors
+    /// [`GuestError::Prerequisite`] names the first thing that is missing.
+    pub fn find() -> Result<Self, GuestError> {
+        Ok(Self {
+            kernel: program("linux.uml").or_else(|_| program("linux"))?,
+            balloon_module: balloon_module(Path::new("/usr/lib/uml/modules"))?,
+            busybox: static_busybox()?,
+            unshare: program("unshare")?,
+            setpriv: program("setpriv")?,
+        })
+    }
+
+    /// As [`Self::find`], for tests: `None` after a printed reason where a test may be skipped.
+    ///
+    /// # Panics
+    /// On a machine that runs the project's checks (`CI=true`) nothing may be skipped.
+    #[must_use]
+    #[expect(
+        clippy::panic,
+        clippy::print_stderr,
+        reason = "this is how a test fails or is skipped"
+    )]
+    pub fn find_or_skip(test: &str) -> Option<Self> {
+        match Self::find() {
+            Ok(found) => Some(found),
+            Err(error) if env::var("CI").is_ok_and(|value| value == "true") => {
+                panic!("{test}: {error}")
+            }
+            Err(error) => {
+                eprintln!("SKIPPED {test}: {error}");
+                None
+            }
+        }
+    }
+}
+
+fn missing(what: String) -> GuestError {
+    GuestError::Prerequisite {
+        missing: what,
+        install: INSTALL,
+    }
+}
+
+fn program(name: &str) -> Result<PathBuf, GuestError> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/bin", "/bin", "/usr/sbin"].map(PathBuf::from))
+        .map(|dir| dir.join(name))
+        .find(|file| file.is_file())
+        .ok_or_else(|| missing(format!("there is no program `{name}`")))
+}
+
+/// Debian installs one directory for the one kernel version that the package holds.
+fn balloon_module(modules: &Path) -> Result<PathBuf, GuestError> {
+    let versions = fs::read_dir(modules)
+        .map_err(|_| missing(format!("there is no directory {}", modules.display())))?;
+    versions
+        .flatten()
+        .map(|version| {
+            version
+                .path()
+                .join("kernel/drivers/virtio/virtio_balloon.ko")
+        })
+        .find(|file| file.is_file())
+        .ok_or_else(|| {
+            missing(format!(
+                "there is no virtio_balloon.ko in {}",
+                modules.display()
+            ))
+        })
+}
+
+/// The guest has no shared libraries, so a busybox that needs any is of no use.
+fn static_busybox() -> Result<PathBuf, GuestError> {
+    let file = program("busybox")?;
+    let image = fs::read(&file).map_err(GuestError::io("reading", &file))?;
+    if names_an_interpreter(&image) {
+        return Err(missing(format!(
+            "{} needs shared libraries",
+            file.display()
+        )));
+    }
+    Ok(file)
+}
+
+/// Whether a 64-bit little-endian ELF file has a program header of type `PT_INTERP` (elf(5)).
+fn names_an_interpreter(image: &[u8]) -> bool {
+    const PT_INTERP: u32 = 3;
+    let number = |offset: usize, bytes: usize| {
+        let field = image.get(offset..offset.checked_add(bytes)?)?;
+        field.iter().rev().try_fold(0, |value: usize, byte| {
+            Some(value.checked_mul(256)? + usize::from(*byte))
+        })
+    };
+    let interpreter = || {
+        let (start, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
+        (0..count)
+            .filter_map(|index| number(start.checked_add(index * size)?, 4))
+            .any(|kind| kind == PT_INTERP as usize)
+            .then_some(())
+    };
+    interpreter().is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dynamic_program_is_told_from_others() {
+        let this_test = fs::read(env::current_exe().unwrap()).unwrap();
+        assert!(names_an_interpreter(&this_test));
+        assert!(!names_an_interpreter(b"\x7fELF"));
+        assert!(!names_an_interpreter(&[]));
+    }
+}

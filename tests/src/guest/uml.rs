@@ -1,0 +1,261 @@
+//! A running guest.
+
+use std::{
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    process::Child,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::fs::{Mode, OFlags};
+
+use super::{
+    GuestError, Prerequisites, UmlConfig,
+    console::{Console, ConsoleLog},
+    initramfs, launch,
+};
+use crate::artifacts;
+
+/// How long an ordinary command may take. User-Mode Linux is slow where it starts processes.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long the host may take to tear the guest's processes down: it frees their memory.
+const END_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How often a condition is looked at again.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// A guest that has booted. It ends when this value is dropped, and no later than the thread that
+/// started it.
+#[derive(Debug)]
+pub struct UmlGuest {
+    config: UmlConfig,
+    running: Running,
+}
+
+/// The processes of one power cycle.
+#[derive(Debug)]
+struct Running {
+    process: Child,
+    console: Console,
+    host_memory: HostMemoryGauge,
+    _ram: tempfile::TempDir,
+}
+
+/// What a guest costs its host: the blocks in use on the tmpfs of its memory.
+#[derive(Clone, Debug)]
+pub struct HostMemoryGauge {
+    mount: Arc<OwnedFd>,
+    path: PathBuf,
+}
+
+impl HostMemoryGauge {
+    /// The figure now.
+    ///
+    /// # Errors
+    /// The file system cannot be asked.
+    pub fn read_bytes(&self) -> Result<u64, GuestError> {
+        let figures = rustix::fs::fstatvfs(&self.mount)
+            .map_err(|error| GuestError::io("asking", &self.path)(error.into()))?;
+        Ok((figures.f_blocks - figures.f_bfree) * figures.f_frsize)
+    }
+}
+
+impl UmlGuest {
+    /// Boots a guest and waits until it takes commands.
+    ///
+    /// # Errors
+    /// Something is not installed, or the guest does not come up in time; the error then holds the
+    /// end of its console log.
+    pub fn boot(config: &UmlConfig) -> Result<Self, GuestError> {
+        Ok(Self {
+            config: config.clone(),
+            running: Running::start(config)?,
+        })
+    }
+
+    /// Runs a shell command in the guest and returns what it wrote.
+    ///
+    /// # Errors
+    /// It failed, or took longer than a minute, or the guest ended.
+    pub fn run(&mut self, command: &str) -> Result<String, GuestError> {
+        self.run_within(command, COMMAND_TIMEOUT)
+    }
+
+    /// As [`Self::run`], with another time-out.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_within(&mut self, command: &str, patience: Duration) -> Result<String, GuestError> {
+        self.running.console.run(command, patience)
+    }
+
+    /// Looks at a condition until it is true. `probe` returns whether it is, and a description of
+    /// what it saw for the error message.
+    ///
+    /// # Errors
+    /// The condition did not come true in time, or looking at it failed.
+    pub fn wait_for(
+        &mut self,
+        what: &str,
+        patience: Duration,
+        mut probe: impl FnMut(&mut Self) -> Result<(bool, String), GuestError>,
+    ) -> Result<(), GuestError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let (done, last) = probe(self)?;
+            if done {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(GuestError::Condition {
+                    what: what.to_owned(),
+                    waited: patience,
+                    last,
+                });
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// Memory that the guest occupies on the host.
+    ///
+    /// # Errors
+    /// The file system cannot be asked.
+    pub fn host_memory_bytes(&self) -> Result<u64, GuestError> {
+        self.running.host_memory.read_bytes()
+    }
+
+    /// A gauge of the same figure that another thread can read, until the next power cycle.
+    #[must_use]
+    pub fn host_memory_gauge(&self) -> HostMemoryGauge {
+        self.running.host_memory.clone()
+    }
+
+    /// Reboots from inside: the guest's kernel starts again in the same host process, with new
+    /// memory, and its devices are set up again.
+    ///
+    /// # Errors
+    /// The guest does not come back in time.
+    pub fn reboot(&mut self) -> Result<(), GuestError> {
+        self.running.console.send("reboot -f")?;
+        self.running
+            .console
+            .wait_until_ready(self.config.boot_timeout)
+    }
+
+    /// Ends the guest at once, without its knowledge, and boots it again with empty memory.
+    ///
+    /// # Errors
+    /// As [`Self::boot`].
+    pub fn power_cycle(&mut self) -> Result<(), GuestError> {
+        let Running {
+            process, console, ..
+        } = &mut self.running;
+        end(process, console);
+        self.running = Running::start(&self.config)?;
+        Ok(())
+    }
+
+    /// Switches the guest off from inside and waits until all its processes have ended.
+    ///
+    /// # Errors
+    /// It did not end in time.
+    pub fn power_off(mut self) -> Result<(), GuestError> {
+        self.running.console.send("poweroff -f")?;
+        if self.running.console.wait_for_end(END_TIMEOUT) {
+            return Ok(());
+        }
+        Err(GuestError::Timeout {
+            command: "poweroff -f".to_owned(),
+            waited: END_TIMEOUT,
+            console: self.running.console.log().tail(),
+        })
+    }
+
+    /// Whether the guest's processes are still there.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.running.process.try_wait(), Ok(None))
+    }
+
+    /// What the guest's kernel said so far.
+    #[must_use]
+    pub fn console_log(&self) -> &ConsoleLog {
+        self.running.console.log()
+    }
+
+    /// What the guest was started with.
+    #[must_use]
+    pub fn config(&self) -> &UmlConfig {
+        &self.config
+    }
+}
+
+impl Running {
+    fn start(config: &UmlConfig) -> Result<Self, GuestError> {
+        let parts = Prerequisites::find()?;
+        let initramfs = initramfs::build(&parts, &artifacts::directory().join("guest"))?;
+        let ram = tempfile::Builder::new()
+            .prefix("aerostat-guest-")
+            .tempdir()
+            .map_err(GuestError::io(
+                "making a directory in",
+                std::env::temp_dir(),
+            ))?;
+        let mut process = launch::start(&parts, config, &initramfs, ram.path())?;
+        let streams = (
+            process.stdin.take(),
+            process.stdout.take(),
+            process.stderr.take(),
+        );
+        let (Some(input), Some(output), Some(errors)) = streams else {
+            unreachable!("all three streams were asked for");
+        };
+        let mut console = Console::new(input, output, errors);
+        let booted = console
+            .wait_until_ready(config.boot_timeout)
+            .and_then(|()| open_mount(&process, ram.path()));
+        match booted {
+            Ok(host_memory) => Ok(Self {
+                process,
+                console,
+                host_memory,
+                _ram: ram,
+            }),
+            Err(error) => {
+                end(&mut process, &mut console);
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        end(&mut self.process, &mut self.console);
+    }
+}
+
+/// Opens the guest's tmpfs, which only its own namespace sees, through one of its processes.
+fn open_mount(process: &Child, ram: &Path) -> Result<HostMemoryGauge, GuestError> {
+    let inside = ram.strip_prefix("/").unwrap_or(ram);
+    let path = PathBuf::from(format!("/proc/{}/root", process.id())).join(inside);
+    let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::PATH;
+    let mount = rustix::fs::open(&path, flags, Mode::empty())
+        .map_err(|error| GuestError::io("opening", &path)(error.into()))?;
+    Ok(HostMemoryGauge {
+        mount: Arc::new(mount),
+        path,
+    })
+}
+
+/// Kills the guest. The process known here is the one that made the namespaces; its death takes the
+/// first process inside along, and with that one all others.
+fn end(process: &mut Child, console: &mut Console) {
+    // Failure means that it has ended already.
+    let _ = process.kill();
+    let _ = process.wait();
+    console.wait_for_end(END_TIMEOUT);
+}

@@ -1,0 +1,99 @@
+//! The command line.
+
+use crate::features;
+use clap::Parser;
+use std::path::PathBuf;
+
+const EXAMPLES: &str = "\
+Examples:
+  One guest, with a control socket:
+    aerostat-vhost-user --socket-path vm.sock --control-path vm.ctl
+
+  Two guests in one process; the first control path belongs to the first socket:
+    aerostat-vhost-user --socket-path a.sock --control-path a.ctl \\
+                        --socket-path b.sock --control-path b.ctl
+
+  A front-end for it, User-Mode Linux:
+    linux mem=512M virtio_uml.device=vm.sock:5 ...
+
+  Shrink the guest by 256 MiB, and look:
+    printf '%s\\n' '{\"execute\":\"qmp_capabilities\"}' \\
+      '{\"execute\":\"aerostat-set-target\",\"arguments\":{\"bytes\":268435456}}' \\
+      '{\"execute\":\"aerostat-query\"}' | socat - UNIX-CONNECT:vm.ctl
+
+Logging goes to stderr; AEROSTAT_LOG=warn, info (the default), debug chooses how much.";
+
+/// A virtio balloon for virtual machines, as a vhost-user back-end.
+///
+/// Serves one virtual machine on each socket. Memory that a guest gives away is returned to the host.
+#[derive(Debug, Parser)]
+#[command(name = "aerostat-vhost-user", version, after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    /// Listen here for a vhost-user front-end; once for each virtual machine.
+    #[arg(
+        long,
+        value_name = "PATH",
+        required_unless_present = "print_capabilities"
+    )]
+    pub(crate) socket_path: Vec<PathBuf>,
+
+    /// Listen here for control connections (JSON, docs/control-socket.md). The first one belongs to
+    /// the first --socket-path, and so on.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control_path: Vec<PathBuf>,
+
+    /// The file mode of the sockets, in octal.
+    #[arg(long, value_name = "MODE", default_value = "600", value_parser = parse_mode)]
+    pub(crate) socket_mode: u32,
+
+    /// Worker threads for each host node; 0 chooses by the number of processors.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=256))]
+    pub(crate) workers: u32,
+
+    /// What to offer to guests, separated by commas: default, none, or names such as stats-vq.
+    #[arg(long, value_name = "LIST", default_value = "default", value_parser = features::parse)]
+    pub(crate) features: u64,
+
+    /// Print what this program can do as JSON, and exit.
+    #[arg(long)]
+    pub(crate) print_capabilities: bool,
+}
+
+impl Arguments {
+    /// What clap cannot check.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if self.control_path.len() > self.socket_path.len() {
+            return Err(format!(
+                "{} --control-path for {} --socket-path: each control socket belongs to a socket",
+                self.control_path.len(),
+                self.socket_path.len()
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    u32::from_str_radix(text, 8)
+        .ok()
+        .filter(|mode| *mode <= 0o777)
+        .ok_or_else(|| "expected an octal mode from 0 to 777".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn modes_are_octal() {
+        assert_eq!(parse_mode("660"), Ok(0o660));
+        assert!(parse_mode("1000").is_err());
+        assert!(parse_mode("8").is_err());
+    }
+}

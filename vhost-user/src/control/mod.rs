@@ -1,0 +1,77 @@
+//! The control socket of a virtual machine: QEMU's monitor dialect for existing tools, and the
+//! device's own commands in ballooned bytes (X1). Described in `docs/control-socket.md`.
+//!
+//! Each client has a thread of its own, so that one that hangs, floods or waits for a guest's
+//! answer is nobody else's concern; there is a limit to their number, to the length of a line, and
+//! to how long an answer may stay unread.
+
+mod client;
+mod commands;
+mod lines;
+mod polling;
+mod qmp;
+mod report;
+
+use crate::listener::Listener;
+use crate::vm::Vm;
+use crate::wake::{Wake, is_ready, wait};
+use polling::Polling;
+use rustix::event::{PollFd, PollFlags};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+/// The most clients of one control socket. Tools use one each; the rest is for mistakes.
+const MAX_CLIENTS: usize = 32;
+
+/// What the clients of a control socket share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    vm: Arc<Vm>,
+    shutdown: Arc<Wake>,
+    polling: Polling,
+}
+
+/// Accepts clients until `shutdown`.
+pub(crate) fn serve(listener: &Listener, vm: &Arc<Vm>, shutdown: &Arc<Wake>) {
+    let shared = Arc::new(Shared {
+        vm: Arc::clone(vm),
+        shutdown: Arc::clone(shutdown),
+        polling: Polling::start(vm),
+    });
+    // Each client's thread holds one reference.
+    while wait_for_client(listener, &shared) {
+        if Arc::strong_count(&shared) > MAX_CLIENTS {
+            // Those who wait to connect wait on, until one of the others leaves.
+            thread::sleep(Duration::from_millis(100));
+            continue;
+        }
+        let stream = match listener.accept() {
+            Ok(Some(stream)) => stream,
+            Ok(None) => continue,
+            Err(error) => {
+                log::error!("{}: accepting a control client: {error}", vm.name);
+                thread::sleep(Duration::from_millis(100));
+                continue;
+            }
+        };
+        let shared = Arc::clone(&shared);
+        let thread = thread::Builder::new().name("client".to_owned());
+        if let Err(error) = thread.spawn(move || client::serve(&stream, &shared)) {
+            log::error!("{}: no thread for a control client: {error}", vm.name);
+        }
+    }
+}
+
+/// Waits for a connection; false when the process is to end.
+fn wait_for_client(listener: &Listener, shared: &Shared) -> bool {
+    let mut fds = [
+        PollFd::new(&*shared.shutdown, PollFlags::IN),
+        PollFd::new(listener, PollFlags::IN),
+    ];
+    if let Err(error) = wait(&mut fds, None) {
+        log::error!("{}: waiting for control clients: {error}", shared.vm.name);
+        return false;
+    }
+    !is_ready(&fds[0])
+}

@@ -1,0 +1,192 @@
+//! The rings: set up message by message, started, stopped.
+//!
+//! Specification: vhost-user, "Ring states" and the SET_VRING and GET_VRING messages.
+
+use super::{Answer, Refusal, Session};
+use crate::message::{Message, Request};
+use crate::ring::Ring;
+use aerostat_device::{Device, DeviceState};
+
+impl Session<'_> {
+    pub(super) fn set_vring(
+        &mut self,
+        request: Request,
+        mut message: Message,
+    ) -> Result<(), Refusal> {
+        match request {
+            Request::SetVringNum => {
+                let (index, entries) = message.vring_state()?;
+                self.stopped_ring(index)?
+                    .set_entries(entries)
+                    .map_err(|source| Refusal::Ring { index, source })
+            }
+            Request::SetVringBase => {
+                let (index, base) = message.vring_state()?;
+                self.stopped_ring(index)?
+                    .set_base(base)
+                    .map_err(|source| Refusal::Ring { index, source })
+            }
+            Request::SetVringAddr => {
+                let addr = message.vring_addr()?;
+                let index = addr.index;
+                let slots = std::mem::take(&mut self.slots);
+                let result = self.stopped_ring(index).and_then(|ring| {
+                    ring.set_addr(addr, &slots)
+                        .map_err(|source| Refusal::Ring { index, source })
+                });
+                self.slots = slots;
+                result?;
+                self.start_if_ready(index)
+            }
+            Request::SetVringKick => {
+                let (index, kick) = message.vring_fd()?;
+                let queue = self.queue(index)?;
+                self.stop(queue);
+                self.ring(index)?
+                    .set_kick(kick)
+                    .map_err(|source| Refusal::Ring { index, source })?;
+                self.start_if_ready(index)
+            }
+            Request::SetVringCall => {
+                let (index, call) = message.vring_fd()?;
+                let queue = self.queue(index)?;
+                let ring = self.ring(index)?;
+                ring.set_call(call)
+                    .map_err(|source| Refusal::Ring { index, source })?;
+                if ring.started {
+                    let call = ring.call().map_err(|error| Refusal::Ring {
+                        index,
+                        source: error.into(),
+                    })?;
+                    self.device().set_queue_call(queue, call)?;
+                }
+                Ok(())
+            }
+            Request::SetVringErr => {
+                let (index, err) = message.vring_fd()?;
+                self.ring(index)?
+                    .set_err(err)
+                    .map_err(|source| Refusal::Ring { index, source })
+            }
+            Request::SetVringEnable => {
+                let (index, enable) = message.vring_state()?;
+                let queue = self.queue(index)?;
+                match enable {
+                    0 => {
+                        self.ring(index)?.enabled = false;
+                        self.stop(queue);
+                        Ok(())
+                    }
+                    1 => {
+                        self.ring(index)?.enabled = true;
+                        self.start_if_ready(index)
+                    }
+                    _ => Err(Refusal::Value(enable.into())),
+                }
+            }
+            _ => Err(Refusal::Unknown),
+        }
+    }
+
+    pub(super) fn get_vring_base(&mut self, index: u32) -> Result<Answer, Refusal> {
+        let queue = self.queue(index)?;
+        self.stop(queue);
+        let ring = self.ring(index)?;
+        ring.forget_kick();
+        let mut payload = index.to_ne_bytes().to_vec();
+        payload.extend_from_slice(&u32::from(ring.base()).to_ne_bytes());
+        Ok(Answer::Payload(payload))
+    }
+
+    /// The device's number of the ring with that index.
+    fn queue(&self, index: u32) -> Result<u16, Refusal> {
+        u16::try_from(index)
+            .ok()
+            .filter(|queue| *queue < Device::MAX_QUEUES)
+            .ok_or(Refusal::NoRing(index))
+    }
+
+    fn ring(&mut self, index: u32) -> Result<&mut Ring, Refusal> {
+        usize::try_from(index)
+            .ok()
+            .and_then(|at| self.rings.get_mut(at))
+            .ok_or(Refusal::NoRing(index))
+    }
+
+    fn stopped_ring(&mut self, index: u32) -> Result<&mut Ring, Refusal> {
+        let ring = self.ring(index)?;
+        if ring.started {
+            return Err(Refusal::Started { index });
+        }
+        Ok(ring)
+    }
+
+    /// Starts a ring once all that it needs has come.
+    fn start_if_ready(&mut self, index: u32) -> Result<(), Refusal> {
+        if self.features.is_none() || !self.ring(index)?.is_ready() {
+            return Ok(());
+        }
+        self.begin_again_if_new_driver(index)?;
+        self.select_features()?;
+        let queue = self.queue(index)?;
+        let slots = std::mem::take(&mut self.slots);
+        let memory = self.memory.clone();
+        let config = self
+            .ring(index)
+            .map(|ring| ring.config(&slots, memory.as_deref()));
+        self.slots = slots;
+        let config = config?.map_err(|source| Refusal::Ring { index, source })?;
+        let Some(config) = config else {
+            return Ok(());
+        };
+        self.device().start_queue(queue, config)?;
+        self.ring(index)?.started = true;
+        self.attached.set_serving(true);
+        self.activate()
+    }
+
+    /// A ring that starts at zero, after all were stopped, is that of a driver that starts afresh.
+    fn begin_again_if_new_driver(&mut self, index: u32) -> Result<(), Refusal> {
+        let new = self.ring(index)?.is_new();
+        let mut others = self.rings.iter();
+        let goes_on = others.any(|ring| ring.started || ring.is_resumed());
+        if new && !goes_on && self.device().state() != DeviceState::Configuring {
+            log::info!("{}: a new driver; the balloon is empty", self.vm.name);
+            self.reset_device();
+        }
+        Ok(())
+    }
+
+    pub(super) fn activate(&mut self) -> Result<(), Refusal> {
+        if self.device().state() != DeviceState::Configuring {
+            return Ok(());
+        }
+        self.device().activate()?;
+        log::info!(
+            "{}: active, {} MiB, features {:#x}",
+            self.vm.name,
+            self.device().memory_bytes() >> 20,
+            self.device().features()
+        );
+        Ok(())
+    }
+
+    /// Stops a ring if it is started, and notes how far it was served.
+    pub(super) fn stop(&mut self, queue: u16) {
+        let Some(ring) = self.rings.get_mut(usize::from(queue)) else {
+            return;
+        };
+        if ring.started {
+            match self.attached.device.stop_queue(queue) {
+                Ok(position) => ring.stopped(position),
+                // A broken ring has no position; the front-end gets the one it gave.
+                Err(error) => {
+                    log::warn!("{}: stopping ring {queue}: {error}", self.vm.name);
+                    ring.started = false;
+                }
+            }
+            let serving = self.rings.iter().any(|ring| ring.started);
+            self.attached.set_serving(serving);
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! One virtual machine as this process knows it: what outlives its sessions, and the device of the
+//! session that is on.
+//!
+//! The target belongs to the virtual machine, not to a session: it is there when a guest comes back
+//! after a reboot, and before the first guest comes. The books go on over sessions as well.
+
+use crate::books::Books;
+use crate::mapping::MemoryTable;
+use crate::wake::Wake;
+use aerostat_device::memory::BALLOON_PAGE_BYTES;
+use aerostat_device::{Device, DeviceConfig, DeviceState, GuestStats, Runtime};
+use parking_lot::Mutex;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+/// The largest target: the configuration space has 32 bits for a number of 4 KiB pages.
+const MAX_TARGET_BYTES: u64 = u32::MAX as u64 * BALLOON_PAGE_BYTES;
+
+/// Why something cannot be done for a virtual machine. The text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VmError {
+    #[error("no guest is connected; start it, or wait for it to connect")]
+    Disconnected,
+    #[error("{bytes} is more than {limit} bytes, {what}; pass at most that")]
+    TooLarge {
+        bytes: u64,
+        limit: u64,
+        what: &'static str,
+    },
+    #[error("nothing is inhibited; call aerostat-inhibit first")]
+    NotInhibited,
+    #[error(transparent)]
+    Device(#[from] aerostat_device::Error),
+}
+
+/// A device while a front-end is connected, and the memory that it works on.
+///
+/// The order of the fields is the order of their end: the device goes before the mappings.
+#[derive(Debug)]
+pub(crate) struct Attached {
+    pub(crate) device: Device,
+    tables: Mutex<Vec<MemoryTable>>,
+    /// Whether rings are being served; without them an active device counts as paused.
+    serving: AtomicBool,
+}
+
+impl Attached {
+    /// Gives the device a new memory table.
+    pub(crate) fn set_memory(&self, table: MemoryTable) -> aerostat_device::Result<()> {
+        // Kept from before the device has it until nobody has it any more (`Self::sweep`).
+        let memory = Arc::clone(table.memory());
+        self.tables.lock().push(table);
+        self.device.set_memory(memory)
+    }
+
+    /// Lets go of the mappings of tables that nobody refers to any more.
+    pub(crate) fn sweep(&self) {
+        self.tables.lock().retain(MemoryTable::is_in_use);
+    }
+
+    /// Says whether any ring is served.
+    pub(crate) fn set_serving(&self, serving: bool) {
+        self.serving.store(serving, Ordering::Relaxed);
+    }
+}
+
+/// A virtual machine.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    /// What logs call it.
+    pub(crate) name: String,
+    runtime: Arc<Runtime>,
+    features: u64,
+    state: Mutex<State>,
+    /// Who wants to know that the driver's `actual` changed.
+    watchers: Mutex<Vec<Weak<Wake>>>,
+}
+
+#[derive(Debug)]
+struct State {
+    attached: Option<Arc<Attached>>,
+    target_bytes: u64,
+    inhibits: u32,
+    past: Books,
+}
+
+/// Where a virtual machine stands, as `aerostat-query` words it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum VmState {
+    Disconnected,
+    Configured,
+    Active,
+    Paused,
+    NeedsReset,
+}
+
+/// All that there is to know at one moment.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    pub(crate) state: VmState,
+    pub(crate) memory_bytes: u64,
+    pub(crate) target_bytes: u64,
+    pub(crate) actual_bytes: u64,
+    pub(crate) ballooned_bytes: u64,
+    pub(crate) features: u64,
+    pub(crate) inhibits: u32,
+    pub(crate) books: Books,
+}
+
+impl Vm {
+    pub(crate) fn new(name: String, runtime: Arc<Runtime>, features: u64) -> Arc<Self> {
+        let past = Books::new(runtime.nodes());
+        Arc::new(Self {
+            name,
+            runtime,
+            features,
+            state: Mutex::new(State {
+                attached: None,
+                target_bytes: 0,
+                inhibits: 0,
+                past,
+            }),
+            watchers: Mutex::default(),
+        })
+    }
+
+    /// Makes the device for a new session; `config_event` is signalled when its configuration changes.
+    pub(crate) fn attach(&self, config_event: OwnedFd) -> aerostat_device::Result<Arc<Attached>> {
+        let device = Device::new(
+            &self.runtime,
+            DeviceConfig {
+                features: self.features,
+                config_event: Some(config_event),
+                completion_event: None,
+            },
+        )?;
+        let mut state = self.state.lock();
+        if state.target_bytes > 0 {
+            device.set_target_bytes(state.target_bytes)?;
+        }
+        for _ in 0..state.inhibits {
+            device.inhibit();
+        }
+        let attached = Arc::new(Attached {
+            device,
+            tables: Mutex::default(),
+            serving: AtomicBool::new(false),
+        });
+        state.attached = Some(Arc::clone(&attached));
+        Ok(attached)
+    }
+
+    /// Ends a session: the balloon is empty again, and the books are kept.
+    pub(crate) fn detach(&self, attached: &Attached) {
+        attached.device.reset();
+        let mut state = self.state.lock();
+        state.past = state.past.clone().plus(&attached.device);
+        state.attached = None;
+        drop(state);
+        self.actual_changed();
+    }
+
+    /// The device, if a front-end is connected.
+    pub(crate) fn attached(&self) -> Result<Arc<Attached>, VmError> {
+        self.state
+            .lock()
+            .attached
+            .clone()
+            .ok_or(VmError::Disconnected)
+    }
+
+    /// Sets how many bytes the balloon should hold, now and in later sessions. Returns the target as set.
+    pub(crate) fn set_target_bytes(&self, bytes: u64) -> Result<u64, VmError> {
+        let mut state = self.state.lock();
+        let memory = state
+            .attached
+            .as_ref()
+            .map_or(0, |attached| attached.device.memory_bytes());
+        let (limit, what) = match memory {
+            0 => (MAX_TARGET_BYTES, "the most that the protocol can express"),
+            memory => (memory, "the guest's memory"),
+        };
+        if bytes > limit {
+            return Err(VmError::TooLarge { bytes, limit, what });
+        }
+        let bytes = match &state.attached {
+            Some(attached) => attached.device.set_target_bytes(bytes)?,
+            None => bytes - bytes % BALLOON_PAGE_BYTES,
+        };
+        state.target_bytes = bytes;
+        Ok(bytes)
+    }
+
+    /// The guest's statistics; waits up to `timeout` for news.
+    pub(crate) fn guest_stats(&self, timeout: Duration) -> Result<GuestStats, VmError> {
+        Ok(self.attached()?.device.guest_stats(timeout)?)
+    }
+
+    /// From its return on nothing is discarded. Calls nest, and outlast sessions.
+    pub(crate) fn inhibit(&self) {
+        // Under the lock, so that a session that begins sees either none or all of it.
+        let mut state = self.state.lock();
+        state.inhibits = state.inhibits.saturating_add(1);
+        if let Some(attached) = &state.attached {
+            attached.device.inhibit();
+        }
+    }
+
+    /// Takes back one [`Self::inhibit`].
+    pub(crate) fn uninhibit(&self) -> Result<(), VmError> {
+        let mut state = self.state.lock();
+        state.inhibits = state.inhibits.checked_sub(1).ok_or(VmError::NotInhibited)?;
+        if let Some(attached) = &state.attached {
+            attached.device.uninhibit()?;
+        }
+        Ok(())
+    }
+
+    /// Where everything stands.
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let state = self.state.lock();
+        let mut snapshot = Snapshot {
+            state: VmState::Disconnected,
+            memory_bytes: 0,
+            target_bytes: state.target_bytes,
+            actual_bytes: 0,
+            ballooned_bytes: 0,
+            features: 0,
+            inhibits: state.inhibits,
+            books: state.past.clone(),
+        };
+        if let Some(attached) = &state.attached {
+            let device = &attached.device;
+            snapshot.state = match device.state() {
+                DeviceState::Configuring => VmState::Configured,
+                DeviceState::NeedsReset => VmState::NeedsReset,
+                DeviceState::Active if attached.serving.load(Ordering::Relaxed) => VmState::Active,
+                DeviceState::Active | DeviceState::Paused => VmState::Paused,
+            };
+            snapshot.memory_bytes = device.memory_bytes();
+            snapshot.actual_bytes = device.actual_bytes();
+            snapshot.ballooned_bytes = device.ballooned_bytes();
+            snapshot.features = device.features();
+            snapshot.books = snapshot.books.plus(device);
+        }
+        snapshot
+    }
+
+    /// Wakes those who watch the driver's `actual`.
+    pub(crate) fn actual_changed(&self) {
+        self.watchers.lock().retain(|watcher| {
+            let watcher = watcher.upgrade();
+            if let Some(wake) = &watcher {
+                wake.raise();
+            }
+            watcher.is_some()
+        });
+    }
+
+    /// A level that is raised whenever the driver's `actual` changes, as long as it is kept.
+    pub(crate) fn watch_actual(&self) -> io::Result<Arc<Wake>> {
+        let wake = Arc::new(Wake::new()?);
+        self.watchers.lock().push(Arc::downgrade(&wake));
+        Ok(wake)
+    }
+}
