@@ -43,7 +43,10 @@ fn gives_and_takes_back(config: &GuestConfig) -> Result<()> {
     assert_eq!(books.returned_bytes, given);
     assert_eq!(accepted(&books.balloon), given);
     for pfn in &ballooned {
-        assert!(guest.ram().page_is(*pfn, |_| 0), "page {pfn:#x} has no zeros");
+        assert!(
+            guest.ram().page_is(*pfn, |_| 0),
+            "page {pfn:#x} has no zeros"
+        );
     }
     // They are the guest's again: what it writes stays.
     let second = WorkingSet::fill(guest.ram(), ballooned, 77);
