@@ -121,6 +121,7 @@ impl Examples {
             .arg(format!("-L{lib_dir}"))
             .arg(format!("-Wl,-rpath,{lib_dir}"))
             .args(libraries)
+            .arg("-pthread")
             .arg("-o")
             .arg(&program);
         succeed(&mut command);
