@@ -13,8 +13,8 @@ use super::ram::{GuestRam, RegionSpec};
 use super::vring::{Placement, Vring};
 use super::{MIB, PAGE_BYTES};
 use aerostat::{
-    AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING, AEROSTAT_FEATURE_STATS_VQ,
-    AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
+    AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING,
+    AEROSTAT_FEATURE_STATS_VQ, AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
 };
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::Arc;
@@ -436,3 +436,4 @@ fn lowest(config: &GuestConfig) -> u64 {
     let starts = config.regions.iter().map(|region| region.gpa);
     starts.min().unwrap_or(0)
 }
+
