@@ -132,7 +132,6 @@
  */
 
 
-
 #ifndef AEROSTAT_H
 #define AEROSTAT_H
 
@@ -178,7 +177,7 @@
 #define AEROSTAT_FEATURE_DEFLATE_ON_OOM (1ull << 2)
 
 /**
- * VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guesthints at free pages, for migration. Not offered by
+ * VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration. Not offered by
  * this version.
  */
 #define AEROSTAT_FEATURE_FREE_PAGE_HINT (1ull << 3)
@@ -604,6 +603,66 @@ struct aerostat_counters {
     uint64_t reserved[8];
 };
 
+/** The version of this header, to compare with aerostat_version(). */
+#define AEROSTAT_VERSION                                                                           \
+    (((uint32_t)AEROSTAT_VERSION_MAJOR << 16) | ((uint32_t)AEROSTAT_VERSION_MINOR << 8) |           \
+     (uint32_t)AEROSTAT_VERSION_PATCH)
+
+/** Initializes a struct aerostat_runtime_config: the library chooses. */
+#define AEROSTAT_RUNTIME_CONFIG_INIT                                                               \
+    {                                                                                              \
+        sizeof(struct aerostat_runtime_config), 0, 0, 0                                            \
+    }
+
+/** Initializes a struct aerostat_memory_region: anonymous private memory without an address. */
+#define AEROSTAT_MEMORY_REGION_INIT                                                                \
+    {                                                                                              \
+        sizeof(struct aerostat_memory_region), 0, 0, 0, NULL, -1, -1, 0, 0                         \
+    }
+
+/** Initializes a struct aerostat_device_config: recommended features, no eventfds. */
+#define AEROSTAT_DEVICE_CONFIG_INIT                                                                \
+    {                                                                                              \
+        sizeof(struct aerostat_device_config), 0, 0, -1, -1                                        \
+    }
+
+/** Initializes a struct aerostat_queue_config: a new ring, without its addresses and eventfds. */
+#define AEROSTAT_QUEUE_CONFIG_INIT                                                                 \
+    {                                                                                              \
+        sizeof(struct aerostat_queue_config), 0, 0, 0, 0, 0, -1, -1, 0, 0, 0                       \
+    }
+
+/** Initializes a struct aerostat_queue_position that is to be filled. */
+#define AEROSTAT_QUEUE_POSITION_INIT                                                               \
+    {                                                                                              \
+        sizeof(struct aerostat_queue_position), 0, 0, { 0 }                                        \
+    }
+
+/** Initializes a struct aerostat_balloon that is to be filled. */
+#define AEROSTAT_BALLOON_INIT                                                                      \
+    {                                                                                              \
+        sizeof(struct aerostat_balloon), 0, 0, 0, 0, 0, { 0 }                                      \
+    }
+
+/** Initializes a struct aerostat_guest_stats that is to be filled. */
+#define AEROSTAT_GUEST_STATS_INIT                                                                  \
+    {                                                                                              \
+        sizeof(struct aerostat_guest_stats), 0, { 0 }, 0, 0, { 0 }                                 \
+    }
+
+/** Initializes a struct aerostat_flow. */
+#define AEROSTAT_FLOW_INIT                                                                         \
+    {                                                                                              \
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                  \
+    }
+
+/** Initializes a struct aerostat_counters that is to be filled. */
+#define AEROSTAT_COUNTERS_INIT                                                                     \
+    {                                                                                              \
+        sizeof(struct aerostat_counters), 0, AEROSTAT_FLOW_INIT, AEROSTAT_FLOW_INIT, 0, 0, 0, 0,   \
+            0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                          \
+    }
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -784,7 +843,7 @@ int aerostat_device_state(const struct aerostat_device *device);
  * covered may be unmapped. Running rings have to lie in the new table too. Balloon pages in
  * regions that went away are forgotten.
  *
- * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table; the
+ * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table: the
  * old one stays in use).
  *
  * Lifetime: the device keeps what it needs of memory, which may be destroyed at once; its mappings
@@ -997,7 +1056,7 @@ int aerostat_device_set_queue_call(struct aerostat_device *device,
  * taken, or none.
  *
  * Each element is completed exactly once (invariant I2), after its pages were discarded where the
- *guest may count on it: those of one queue in the order in which they were submitted, those of
+ * guest may count on it: those of one queue in the order in which they were submitted, those of
  * different queues in any order. The buffer of the stats queue is held until
  * aerostat_device_guest_stats() asks for news (requirement S8).
  *
@@ -1106,45 +1165,3 @@ int aerostat_device_node_counters(const struct aerostat_device *device,
 #endif  // __cplusplus
 
 #endif  /* AEROSTAT_H */
-
-
-/** The version of this header, to compare with aerostat_version(). */
-#define AEROSTAT_VERSION                                                                           \
-    (((uint32_t)AEROSTAT_VERSION_MAJOR << 16) | ((uint32_t)AEROSTAT_VERSION_MINOR << 8) |           \
-     (uint32_t)AEROSTAT_VERSION_PATCH)
-
-/** Initializes a struct aerostat_runtime_config: the library chooses. */
-#define AEROSTAT_RUNTIME_CONFIG_INIT                                                               \
-    {                                                                                              \
-        sizeof(struct aerostat_runtime_config), 0, 0, 0                                            \
-    }
-
-/** Initializes a struct aerostat_memory_region: anonymous private memory without an address. */
-#define AEROSTAT_MEMORY_REGION_INIT                                                                \
-    {                                                                                              \
-        sizeof(struct aerostat_memory_region), 0, 0, 0, NULL, -1, -1, 0, 0                         \
-    }
-
-/** Initializes a struct aerostat_device_config: recommended features, no eventfds. */
-#define AEROSTAT_DEVICE_CONFIG_INIT                                                                \
-    {                                                                                              \
-        sizeof(struct aerostat_device_config), 0, 0, -1, -1                                        \
-    }
-
-/** Initializes a struct aerostat_queue_config: a new ring, without its addresses and eventfds. */
-#define AEROSTAT_QUEUE_CONFIG_INIT                                                                 \
-    {                                                                                              \
-        sizeof(struct aerostat_queue_config), 0, 0, 0, 0, 0, -1, -1, 0, 0, 0                       \
-    }
-
-/** Initializes a struct aerostat_queue_position that is to be filled. */
-#define AEROSTAT_QUEUE_POSITION_INIT                                                               \
-    {                                                                                              \
-        sizeof(struct aerostat_queue_position), 0, 0, { 0 }                                        \
-    }
-
-/** Initializes a struct aerostat_balloon that is to be filled. */
-#define AEROSTAT_BALLOON_INIT                                                                      \
-    {                                                                                              \
-        sizeof(struct aerostat_balloon), 0, 0, 0, 0, 0, { 0 }                                      \
-    }

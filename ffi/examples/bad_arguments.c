@@ -183,13 +183,11 @@ static void no_device(void)
     struct aerostat_queue_config queue = AEROSTAT_QUEUE_CONFIG_INIT;
     struct aerostat_queue_position position = AEROSTAT_QUEUE_POSITION_INIT;
     struct aerostat_balloon balloon = AEROSTAT_BALLOON_INIT;
-    struct aerostat_guest_stats stats;
-    struct aerostat_counters counters;
+    struct aerostat_guest_stats stats = AEROSTAT_GUEST_STATS_INIT;
+    struct aerostat_counters counters = AEROSTAT_COUNTERS_INIT;
     struct aerostat_element element;
     struct aerostat_completion completion;
     uint64_t features;
-    memset(&stats, 0, sizeof(stats)), stats.size = sizeof(stats);
-    memset(&counters, 0, sizeof(counters)), counters.size = sizeof(counters);
     memset(&element, 0, sizeof(element));
 
     REFUSED(EFAULT, aerostat_device_state(NULL));
@@ -338,12 +336,11 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     struct aerostat_queue_config element_queue = AEROSTAT_QUEUE_CONFIG_INIT;
     struct aerostat_device *device = NULL;
     struct aerostat_memory *memory = NULL, *elsewhere = NULL;
-    struct aerostat_guest_stats stats;
+    struct aerostat_guest_stats stats = AEROSTAT_GUEST_STATS_INIT;
     struct aerostat_element element;
     struct ring ring;
     uint64_t offered = 0;
     memset(&element, 0, sizeof(element));
-    memset(&stats, 0, sizeof(stats)), stats.size = sizeof(stats);
     element_queue.flags = AEROSTAT_QUEUE_ELEMENT;
     region.flags = AEROSTAT_REGION_SHARED;
     region.hva = guest->ram;

@@ -91,7 +91,7 @@ int main(void)
 {
     struct aerostat_runtime_config threads = AEROSTAT_RUNTIME_CONFIG_INIT;
     struct aerostat_runtime *runtime = NULL;
-    struct aerostat_counters counters;
+    struct aerostat_counters counters = AEROSTAT_COUNTERS_INIT;
     struct vm vms[GUESTS];
     int warnings = 0;
 
@@ -114,8 +114,6 @@ int main(void)
     inflate(&vms[GOOD], 101);
 
     /* Why it broke is in the books, and in the log. */
-    memset(&counters, 0, sizeof(counters));
-    counters.size = sizeof(counters);
     OK(aerostat_device_counters(vms[BAD].device, &counters));
     CHECK(counters.broken_rings == 1);
     CHECK(__atomic_load_n(&warnings, __ATOMIC_RELAXED) >= 1);

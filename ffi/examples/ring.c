@@ -93,9 +93,7 @@ static int balloon_becomes(struct aerostat_device *device, uint64_t bytes)
 
 static struct aerostat_counters counters(struct aerostat_device *device)
 {
-    struct aerostat_counters counters;
-    memset(&counters, 0xff, sizeof(counters));
-    counters.size = sizeof(counters);
+    struct aerostat_counters counters = AEROSTAT_COUNTERS_INIT;
     OK(aerostat_device_counters(device, &counters));
     return counters;
 }
@@ -117,9 +115,7 @@ static uint32_t write_stats(unsigned char *buffer, uint64_t available_bytes)
 static void read_stats(struct aerostat_device *device, struct guest *guest, struct ring *ring)
 {
     uint64_t buffer = guest_alloc(guest, PAGE_BYTES, PAGE_BYTES);
-    struct aerostat_guest_stats stats;
-    memset(&stats, 0, sizeof(stats));
-    stats.size = sizeof(stats);
+    struct aerostat_guest_stats stats = AEROSTAT_GUEST_STATS_INIT;
 
     /* The driver leaves its first buffer with the device, which keeps it. */
     ring_add(ring, buffer, write_stats(guest->ram + buffer, 123 << 20), 0);

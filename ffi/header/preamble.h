@@ -130,4 +130,3 @@
  * milliseconds" wait for requests in flight, which never wait for the VMM in their turn. No function
  * may be called from a signal handler, or in a child after fork().
  */
-

@@ -19,7 +19,7 @@ pub const AEROSTAT_FEATURE_STATS_VQ: u64 = 1u64 << 1;
 /// decided.
 pub const AEROSTAT_FEATURE_DEFLATE_ON_OOM: u64 = 1u64 << 2;
 
-/// VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guesthints at free pages, for migration. Not offered by
+/// VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration. Not offered by
 /// this version.
 pub const AEROSTAT_FEATURE_FREE_PAGE_HINT: u64 = 1u64 << 3;
 

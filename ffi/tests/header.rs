@@ -24,7 +24,6 @@ fn generated() -> String {
     let text = |name| fs::read_to_string(crate_dir().join("header").join(name)).unwrap();
     let mut config = cbindgen::Config::from_file(crate_dir().join("cbindgen.toml")).unwrap();
     config.header = Some(text("preamble.h"));
-    config.trailer = Some(text("trailer.h"));
     let mut header = Vec::new();
     cbindgen::Builder::new()
         .with_crate(crate_dir())
@@ -32,7 +31,11 @@ fn generated() -> String {
         .generate()
         .unwrap()
         .write(&mut header);
-    one_line_comments(&String::from_utf8(header).unwrap())
+    let header = one_line_comments(&String::from_utf8(header).unwrap());
+    // What cbindgen cannot express stands between the structures and the functions.
+    let functions = "#ifdef __cplusplus\nextern";
+    assert_eq!(header.matches(functions).count(), 1);
+    header.replace(functions, &format!("{}\n{functions}", text("macros.h")))
 }
 
 /// Puts comments that have one line of text on one line, so that structures stay readable.
