@@ -24,8 +24,8 @@
  *   kick, call   the eventfds by which a guest notifies a device, and a device a guest.
  *   inhibit      to forbid discarding, while the guest is still acknowledged.
  *
- * "Requirement" and "invariant" numbers refer to docs/requirements.md and docs/design.md; VIRTIO
- * sections to version 1.4 of the standard.
+ * docs/c-abi.md explains the requirements and invariants that are cited by number; sections of VIRTIO
+ * are those of version 1.4 of the standard.
  *
  * LIFE CYCLE
  *
@@ -163,17 +163,24 @@
 
 /**
  * VIRTIO_BALLOON_F_MUST_TELL_HOST: the guest waits for the acknowledgement of a deflate before it
- * uses the pages again. Lets the device discard after it has acknowledged an inflate.
+ * uses the pages again. The device may then discard after it has acknowledged an inflate.
  */
 #define AEROSTAT_FEATURE_MUST_TELL_HOST (1ull << 0)
 
 /** VIRTIO_BALLOON_F_STATS_VQ: the guest tells of its memory; see aerostat_device_guest_stats(). */
 #define AEROSTAT_FEATURE_STATS_VQ (1ull << 1)
 
-/** VIRTIO_BALLOON_F_DEFLATE_ON_OOM: the guest may take pages back when it runs out of memory. */
+/**
+ * VIRTIO_BALLOON_F_DEFLATE_ON_OOM: the guest may take pages back when it runs out of memory.
+ * Offered if asked for in struct aerostat_device_config, as it lets the guest undo what the host
+ * decided.
+ */
 #define AEROSTAT_FEATURE_DEFLATE_ON_OOM (1ull << 2)
 
-/** VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration. */
+/**
+ * VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guesthints at free pages, for migration. Not offered by
+ * this version.
+ */
 #define AEROSTAT_FEATURE_FREE_PAGE_HINT (1ull << 3)
 
 /** VIRTIO_BALLOON_F_PAGE_POISON: the guest tells what it fills free pages with. */
@@ -191,10 +198,16 @@
 /** VIRTIO_F_VERSION_1: the device is not a legacy one. */
 #define AEROSTAT_FEATURE_VERSION_1 (1ull << 32)
 
-/** VIRTIO_F_RING_PACKED: queues are packed rings. */
+/**
+ * VIRTIO_F_RING_PACKED: queues are packed rings (VIRTIO 1.4, 2.8). Offered if asked for in
+ * struct aerostat_device_config.
+ */
 #define AEROSTAT_FEATURE_RING_PACKED (1ull << 34)
 
-/** VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available. */
+/**
+ * VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available. Offered if
+ * asked for in struct aerostat_device_config.
+ */
 #define AEROSTAT_FEATURE_IN_ORDER (1ull << 35)
 
 /**
@@ -208,6 +221,9 @@
  * fields of rings are not looked at.
  */
 #define AEROSTAT_QUEUE_ELEMENT (1u << 0)
+
+/** Where a new packed ring starts, for next_avail and next_used: slot 0, wrap counter 1. */
+#define AEROSTAT_QUEUE_PACKED_START (1 << 15)
 
 /**
  * The element was not served: the device was reset, its queue was stopped, or the queue is not
@@ -387,11 +403,14 @@ struct aerostat_queue_config {
     uint32_t size;
     /** AEROSTAT_QUEUE_* bits. */
     uint32_t flags;
-    /** Number of descriptors: a power of two up to 32768. Not looked at for element queues. */
+    /**
+     * Number of descriptors, up to 32768: a power of two, unless AEROSTAT_FEATURE_RING_PACKED is
+     * negotiated. Not looked at for element queues.
+     */
     uint16_t queue_size;
     /**
-     * Where to go on in the available ring: 0 for a new ring, else as aerostat_device_stop_queue()
-     * returned it.
+     * Where to go on in the available ring: as aerostat_device_stop_queue() returned it; for a new
+     * ring 0, or AEROSTAT_QUEUE_PACKED_START.
      */
     uint16_t next_avail;
     /** Where to go on in the used ring: likewise. */
@@ -402,15 +421,24 @@ struct aerostat_queue_config {
     int32_t kick_fd;
     /** The eventfd to signal for an interrupt (an irqfd); -1 for a guest that polls. Duplicated. */
     int32_t call_fd;
-    /** Guest physical address of the descriptor table; a multiple of 16. */
+    /** Guest physical address of the descriptors; a multiple of 16. */
     uint64_t desc_gpa;
-    /** Guest physical address of the available ring; a multiple of 2. */
+    /**
+     * Guest physical address of the available ring, a multiple of 2; of a packed ring's driver event
+     * suppression structure, a multiple of 4.
+     */
     uint64_t avail_gpa;
-    /** Guest physical address of the used ring; a multiple of 4. */
+    /**
+     * Guest physical address of the used ring, or of a packed ring's device event suppression
+     * structure; a multiple of 4.
+     */
     uint64_t used_gpa;
 };
 
-/** How far a ring has been served. */
+/**
+ * How far a ring has been served: for a split ring the indices, which run through all 16 bits; for
+ * a packed ring slots in bits 0 to 14, and the wrap counter in bit 15.
+ */
 struct aerostat_queue_position {
     /** sizeof(struct aerostat_queue_position), set by the caller. */
     uint32_t size;
@@ -492,7 +520,7 @@ struct aerostat_balloon {
 struct aerostat_guest_stats {
     /** sizeof(struct aerostat_guest_stats), set by the caller. */
     uint32_t size;
-    /** Which values the guest sent: bit n stands for values[n]. */
+    /** Which values the guest sent: bit n stands for value n. */
     uint32_t present;
     /** The values, by enum aerostat_stat; 0 where the guest sent none. */
     uint64_t values[16];
@@ -630,8 +658,9 @@ int aerostat_set_log(aerostat_log_callback callback, void *user, int level);
 /**
  * Finds out what the host can do, and starts the threads that serve devices.
  *
- * All threads of the library are started before this returns. The system calls that they make, for
- * a seccomp filter, are listed in docs/c-abi.md.
+ * All threads of the library are started before this returns. They block all signals but those of
+ * faults (SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP). The system calls that they make, for a seccomp
+ * filter, are listed in docs/c-abi.md.
  *
  * Returns: 0, or
  * -EINVAL (an unknown flag, or more than 64 workers a node),
@@ -912,12 +941,12 @@ int aerostat_device_write_config(struct aerostat_device *device,
  * Starts a queue: before aerostat_device_activate(), or while the device is active or paused.
  *
  * aerostat_device_set_features() and aerostat_device_set_memory() come first (VIRTIO 1.4, 2.7 split
- * virtqueues).
+ * and 2.8 packed virtqueues).
  *
  * Returns: 0, or
  * -ENOENT (index is 5 or more),
  * -EALREADY (the queue is started),
- * -EINVAL (an unknown flag; queue_size is no power of two up to 32768),
+ * -EINVAL (an unknown flag, a queue_size that is not allowed, or a position outside the ring),
  * -EADDRNOTAVAIL (an address is not aligned),
  * -ERANGE (a ring is not inside one memory region),
  * -EBADF (kick_fd is no open eventfd, or call_fd neither -1 nor one),
@@ -968,8 +997,9 @@ int aerostat_device_set_queue_call(struct aerostat_device *device,
  * taken, or none.
  *
  * Each element is completed exactly once (invariant I2), after its pages were discarded where the
- * guest may count on it; completions of different elements come in any order. The buffer of the
- * stats queue is held until aerostat_device_guest_stats() asks for news (requirement S8).
+ *guest may count on it: those of one queue in the order in which they were submitted, those of
+ * different queues in any order. The buffer of the stats queue is held until
+ * aerostat_device_guest_stats() asks for news (requirement S8).
  *
  * Returns: 0, or
  * -EAGAIN (too many elements wait: collect completions first),

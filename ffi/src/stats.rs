@@ -60,7 +60,7 @@ const _: () = assert!(COUNT == STATS_TAGS && COUNT == AEROSTAT_STATS as usize);
 pub struct aerostat_guest_stats {
     /// sizeof(struct aerostat_guest_stats), set by the caller.
     pub size: u32,
-    /// Which values the guest sent: bit n stands for values[n].
+    /// Which values the guest sent: bit n stands for value n.
     pub present: u32,
     /// The values, by enum aerostat_stat; 0 where the guest sent none.
     pub values: [u64; 16],

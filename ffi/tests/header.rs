@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper of tests fails with the test")]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -185,6 +186,27 @@ fn units_are_in_the_names_of_numbers() {
                 "{word}: {text}"
             );
         }
+    }
+}
+
+/// "requirement S11", "requirements A1, A2", "invariant I2": what is cited is to be found.
+#[test]
+fn cited_requirements_are_explained() {
+    let manual = fs::read_to_string(crate_dir().join("../docs/c-abi.md")).unwrap();
+    let is_number = |word: &&str| {
+        let mut chars = word.chars();
+        chars.next().is_some_and(|first| "AIJRSVWX".contains(first))
+            && !chars.as_str().is_empty()
+            && chars.all(|rest| rest.is_ascii_digit())
+    };
+    let header = generated();
+    let cited: BTreeSet<&str> = header
+        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter(is_number)
+        .collect();
+    assert!(cited.len() > 5, "{cited:?}");
+    for number in cited {
+        assert!(manual.contains(&format!("| {number} |")), "{number}");
     }
 }
 

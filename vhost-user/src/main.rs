@@ -16,6 +16,7 @@ mod mapping;
 mod message;
 mod ring;
 mod session;
+mod sigbus;
 mod vm;
 mod wake;
 
@@ -87,6 +88,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         .map(bind)
         .collect::<Result<_, _>>()?;
     let mut signals = termination_signals()?;
+    sigbus::install()?;
     let shutdown = Arc::new(Wake::new()?);
     let runtime = Runtime::new(&RuntimeConfig {
         workers_per_node: arguments.workers,

@@ -9,7 +9,8 @@
 )]
 
 use crate::message::MemRegion;
-use aerostat_device::memory::Gpa;
+use crate::sigbus::Watched;
+use aerostat_device::memory::{Gpa, NodeId};
 use aerostat_device::{GuestMemory, Region};
 use rustix::fs::{FileType, fstat, fstatfs};
 use rustix::io::Errno;
@@ -47,6 +48,8 @@ pub(crate) enum MapError {
 struct Mapping {
     address: usize,
     len: usize,
+    /// `None` once it is unmapped.
+    watched: Option<Watched>,
 }
 
 impl Mapping {
@@ -64,15 +67,27 @@ impl Mapping {
                 offset,
             )
         }?;
-        Ok(Self {
-            address: address as usize,
+        let address = address as usize;
+        // SAFETY: the mapping was just made, and stays until `drop` ends the watch. The guest's
+        // memory may be anything at any time, so zeros are as good as what was there.
+        let watched = unsafe { Watched::new(address, len) };
+        let mapping = Self {
+            address,
             len,
-        })
+            watched,
+        };
+        // Dropped, and so unmapped, if it cannot be watched.
+        match mapping.watched {
+            Some(_) => Ok(mapping),
+            None => Err(Errno::NFILE),
+        }
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        // First, so that nothing is put in the place of what comes there next.
+        self.watched = None;
         // SAFETY: the range is this mapping's own; that nothing refers to it any more is what
         // `MemoryTable` sees to, the only place that hands out addresses in it.
         let result = unsafe { munmap(self.address as *mut c_void, self.len) };
@@ -92,8 +107,12 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    /// Checks and maps a region.
-    pub(crate) fn map(region: MemRegion, file: OwnedFd) -> Result<Self, MapError> {
+    /// Checks and maps a region, whose memory is on host node `node` if that is known.
+    pub(crate) fn map(
+        region: MemRegion,
+        file: OwnedFd,
+        node: Option<NodeId>,
+    ) -> Result<Self, MapError> {
         let gpa = region.gpa;
         let end = check_range(region)?;
         let stat = fstat(&file).map_err(|source| MapError::Map { gpa, source })?;
@@ -117,7 +136,11 @@ impl Slot {
         let hva = mapping.address as u64 + slack;
         Ok(Self {
             region,
-            usable: usable_part(region, hva, page, Arc::new(file))?,
+            usable: usable_part(region, hva, page)?.map(|part| Region {
+                fd: Some(Arc::new(file)),
+                node,
+                ..part
+            }),
             mapping: Arc::new(mapping),
         })
     }
@@ -130,6 +153,12 @@ impl Slot {
             self.region.user_addr,
             self.region.len_bytes,
         ) == (region.gpa, region.user_addr, region.len_bytes)
+    }
+
+    /// Whether the front-end took the memory away under our hands.
+    pub(crate) fn is_lost(&self) -> bool {
+        let watched = self.mapping.watched.as_ref();
+        watched.is_some_and(Watched::is_lost)
     }
 
     /// The guest address of a front-end's address inside the region.
@@ -172,12 +201,7 @@ fn page_bytes(file: &OwnedFd) -> Result<u64, Errno> {
 
 /// The whole pages of a region. A region whose huge pages cannot be told from its guest addresses
 /// is served but never discarded: a part of a huge page would be zeroed and not freed.
-fn usable_part(
-    region: MemRegion,
-    hva: u64,
-    page: u64,
-    file: Arc<OwnedFd>,
-) -> Result<Option<Region>, MapError> {
+fn usable_part(region: MemRegion, hva: u64, page: u64) -> Result<Option<Region>, MapError> {
     let host_page = rustix::param::page_size() as u64;
     let fits = |page: u64| region.gpa % page == region.offset_bytes % page;
     let (page, pinned) = match (fits(page), fits(host_page)) {
@@ -210,7 +234,7 @@ fn usable_part(
         gpa: Gpa(start),
         len_bytes: end - start,
         hva: usize::try_from(hva + skipped).map_err(|_| MapError::Range(region.gpa))?,
-        fd: Some(file),
+        fd: None,
         fd_offset_bytes: region.offset_bytes + skipped,
         page_size_bytes: page,
         shared: true,
@@ -290,7 +314,7 @@ mod tests {
 
     #[test]
     fn a_table_translates_and_holds_what_was_mapped() {
-        let slot = Slot::map(region(0x10_0000, 0x4000, 0x2000), memfd(0x6000)).unwrap();
+        let slot = Slot::map(region(0x10_0000, 0x4000, 0x2000), memfd(0x6000), None).unwrap();
         let table = MemoryTable::new(std::slice::from_ref(&slot)).unwrap();
         assert_eq!(table.memory().total_bytes(), 0x4000);
         let slots = [slot];
@@ -308,18 +332,18 @@ mod tests {
 
     #[test]
     fn odd_ends_are_cut_to_whole_pages() {
-        let slot = Slot::map(region(0x10_0800, 0x3000, 0x800), memfd(0x4000)).unwrap();
+        let slot = Slot::map(region(0x10_0800, 0x3000, 0x800), memfd(0x4000), None).unwrap();
         let usable = slot.usable.unwrap();
         assert_eq!((usable.gpa, usable.len_bytes), (Gpa(0x10_1000), 0x2000));
         assert_eq!(usable.fd_offset_bytes, 0x1000);
         assert_eq!(usable.hva % 0x1000, 0);
-        let tiny = Slot::map(region(0x800, 0x700, 0x800), memfd(0x4000)).unwrap();
+        let tiny = Slot::map(region(0x800, 0x700, 0x800), memfd(0x4000), None).unwrap();
         assert!(tiny.usable.is_none());
     }
 
     #[test]
     fn regions_that_lie_are_refused() {
-        let refused = |region: MemRegion| Slot::map(region, memfd(0x4000)).unwrap_err();
+        let refused = |region: MemRegion| Slot::map(region, memfd(0x4000), None).unwrap_err();
         assert!(matches!(
             refused(region(0, 0x5000, 0)),
             MapError::BeyondFile { .. }
@@ -339,14 +363,14 @@ mod tests {
         ));
         let device = std::fs::File::open("/dev/zero").unwrap();
         assert!(matches!(
-            Slot::map(region(0, 0x1000, 0), device.into()),
+            Slot::map(region(0, 0x1000, 0), device.into(), None),
             Err(MapError::NotAFile { .. })
         ));
         let read_only = tempfile::NamedTempFile::new().unwrap();
         read_only.as_file().set_len(0x4000).unwrap();
         let file = std::fs::File::open(read_only.path()).unwrap();
         assert!(matches!(
-            Slot::map(region(0, 0x1000, 0), file.into()),
+            Slot::map(region(0, 0x1000, 0), file.into(), None),
             Err(MapError::Map { .. })
         ));
     }

@@ -7,7 +7,7 @@
 use crate::books::Books;
 use crate::mapping::MemoryTable;
 use crate::wake::Wake;
-use aerostat_device::memory::BALLOON_PAGE_BYTES;
+use aerostat_device::memory::{BALLOON_PAGE_BYTES, NodeId};
 use aerostat_device::{Device, DeviceConfig, DeviceState, GuestStats, Runtime};
 use parking_lot::Mutex;
 use std::io;
@@ -125,6 +125,12 @@ impl Vm {
             }),
             watchers: Mutex::default(),
         })
+    }
+
+    /// The host node of all memory, on a host that has but one. Otherwise front-ends do not say
+    /// where their memory is.
+    pub(crate) fn only_node(&self) -> Option<NodeId> {
+        (self.runtime.nodes() == 1).then_some(NodeId(0))
     }
 
     /// Makes the device for a new session; `config_event` is signalled when its configuration changes.

@@ -1,4 +1,10 @@
 //! Sessions as a front-end sees them: hand-shake, rings, configuration, reconnection.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "a test program ends with a panic when anything is not as it should be"
+)]
 
 mod common;
 

@@ -19,6 +19,8 @@ pub(crate) enum SessionError {
     },
     #[error("the device cannot be made")]
     Device(#[from] aerostat_device::Error),
+    #[error("the front-end took guest memory away; its file was made shorter, or is out of space")]
+    MemoryLost,
     #[error("waiting failed")]
     Wait(#[from] io::Error),
 }

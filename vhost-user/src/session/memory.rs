@@ -17,13 +17,14 @@ impl Session<'_> {
         mut message: Message,
     ) -> Result<(), Refusal> {
         let mut slots = self.slots.clone();
+        let node = self.vm.only_node();
         match request {
             Request::AddMemReg => {
                 let region = message.mem_region()?;
                 if slots.len() >= MAX_MEM_SLOTS {
                     return Err(Refusal::TooManyRegions(MAX_MEM_SLOTS));
                 }
-                slots.push(Slot::map(region, message.single_fd()?)?);
+                slots.push(Slot::map(region, message.single_fd()?, node)?);
             }
             Request::RemMemReg => {
                 let region = message.mem_region()?;
@@ -41,7 +42,7 @@ impl Session<'_> {
                 slots = regions
                     .into_iter()
                     .zip(message.fds.drain(..))
-                    .map(|(region, fd)| Slot::map(region, fd))
+                    .map(|(region, fd)| Slot::map(region, fd, node))
                     .collect::<Result<_, _>>()?;
             }
         }

@@ -87,6 +87,9 @@ pub(crate) fn serve(
         }
         session.look_at_device(&config_event);
         session.look_at_backend_channel();
+        if session.slots.iter().any(Slot::is_lost) {
+            return Err(SessionError::MemoryLost);
+        }
     }
 }
 

@@ -45,7 +45,12 @@ impl Session<'_> {
                 self.ring(index)?
                     .set_kick(kick)
                     .map_err(|source| Refusal::Ring { index, source })?;
-                self.start_if_ready(index)
+                let started = self.start_if_ready(index);
+                if started.is_err() {
+                    // Not to be tried again with the next message.
+                    self.ring(index)?.forget_kick();
+                }
+                started
             }
             Request::SetVringCall => {
                 let (index, call) = message.vring_fd()?;
