@@ -180,6 +180,7 @@ impl Service {
             scratch,
             books: &shared.books,
             stats: &shared.stats,
+            ballooned_bytes: &shared.ballooned_bytes,
             poisoned: shared.config.poison_val() != 0
                 && self
                     .features

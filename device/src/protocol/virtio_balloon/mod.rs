@@ -16,6 +16,7 @@ use crate::ring::RingError;
 use crate::ring::chain::{Chain, Segment};
 use crate::ring::source::Source;
 use crate::runtime::Scratch;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 bitflags::bitflags! {
     /// The feature bits that this device knows (5.5.3, 6).
@@ -73,6 +74,8 @@ pub(crate) struct Turn<'a> {
     pub(crate) scratch: &'a mut Scratch,
     pub(crate) books: &'a Books,
     pub(crate) stats: &'a StatsBoard,
+    /// The balloon's size, for those who must not wait for its lock.
+    pub(crate) ballooned_bytes: &'a AtomicU64,
     /// PAGE_POISON was negotiated with a value other than zero (S10).
     pub(crate) poisoned: bool,
 }
@@ -182,7 +185,9 @@ fn serve_batch(
     for &(token, written) in &turn.scratch.done {
         source.complete(token, written);
     }
-    // The books are right before the guest, or anyone it tells, can look at them.
+    // Size and books are right before the guest, or anyone it tells, can look at them.
+    turn.ballooned_bytes
+        .store(turn.balloon.ballooned_bytes(), Ordering::Release);
     turn.books.enter(|entry| {
         let device = entry.device();
         bump((handler.chains)(device), turn.scratch.done.len() as u64);
