@@ -2,7 +2,7 @@
 
 use super::allocator::{Order, PageAllocator};
 use super::books::assert_balanced;
-use super::device::{Device, Runtime, size_of_u32};
+use super::device::{Device, Runtime, State, size_of_u32};
 use super::driver::{Driver, ROLES, Role};
 use super::elements::ElementPump;
 use super::error::{Result, VmmError};
@@ -11,6 +11,7 @@ use super::follower::Follower;
 use super::mapping::Backing;
 use super::ram::{GuestRam, RegionSpec};
 use super::vring::{Placement, Vring};
+use super::working_set::WorkingSet;
 use super::{MIB, PAGE_BYTES};
 use aerostat::{
     AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING, AEROSTAT_FEATURE_STATS_VQ,
@@ -33,6 +34,8 @@ pub enum Numbering {
 /// A guest to be made.
 #[derive(Clone, Debug)]
 pub struct GuestConfig {
+    /// What its memfds are called.
+    pub name: &'static str,
     /// Its memory. The lowest region holds the driver's queues and buffers.
     pub regions: Vec<RegionSpec>,
     /// What the device is to offer; 0 leaves the choice to the library.
@@ -64,6 +67,7 @@ impl GuestConfig {
     #[must_use]
     pub fn with_regions(regions: Vec<RegionSpec>) -> Self {
         Self {
+            name: "guest",
             regions,
             offered: 0,
             selected: Self::LINUX,
@@ -102,7 +106,7 @@ impl Vmm {
     /// # Errors
     /// Host or library refuse.
     pub fn assemble(&self, config: &GuestConfig) -> Result<Guest> {
-        let ram = Arc::new(GuestRam::new(&config.regions)?);
+        let ram = Arc::new(GuestRam::new(config.name, &config.regions)?);
         let config_event = Arc::new(EventFd::new()?);
         let completion_event = Arc::new(EventFd::new()?);
         let device = Arc::new(Device::new(
@@ -282,6 +286,18 @@ impl Guest {
         self.pump = None;
     }
 
+    /// Makes a working set of `pages` pages, and has the host allocate all the rest of the guest's
+    /// memory too.
+    ///
+    /// # Errors
+    /// The guest has not got as many pages.
+    pub fn fill_memory(&self, pages: u64, seed: u64) -> Result<WorkingSet> {
+        let mut driver = self.driver.lock();
+        let set = WorkingSet::allocate(&self.ram, &mut driver.allocator, pages, seed)?;
+        driver.touch_unused(u64::MAX);
+        Ok(set)
+    }
+
     /// Sets the target and lets the driver move there at once, in this thread.
     ///
     /// # Errors
@@ -296,7 +312,7 @@ impl Guest {
         self.books().map(drop)
     }
 
-    /// The books, which have to balance.
+    /// The books, which have to balance (I4).
     ///
     /// # Errors
     /// The device does not answer.
@@ -308,6 +324,28 @@ impl Guest {
         let counters = self.device.counters()?;
         assert_balanced(&counters);
         Ok(counters)
+    }
+
+    /// Fails unless `set` holds what was written to it.
+    ///
+    /// # Panics
+    /// If it does not.
+    #[track_caller]
+    pub fn assert_intact(&self, set: &WorkingSet) {
+        let damaged = set.damaged(&self.ram);
+        assert!(damaged.is_empty(), "damaged pages: {damaged:x?}");
+    }
+
+    /// Fails unless the device needs a reset, or does so soon, and has said so (S4).
+    ///
+    /// # Panics
+    /// If it does not.
+    #[track_caller]
+    pub fn assert_needs_reset(&self) {
+        let told = self.config_event.wait(Duration::from_secs(10));
+        assert!(told, "no configuration change interrupt");
+        let state = self.device.state();
+        assert!(matches!(state, Ok(State::NeedsReset)), "{state:?}");
     }
 
     /// The books once nothing is pending any more.
