@@ -593,6 +593,8 @@ struct aerostat_counters {
     uint64_t report_chains;
     /** Buffers read on the stats queue. */
     uint64_t stats_chains;
+    /** Chains completed on the free page hint queue. */
+    uint64_t hint_chains;
     /** Buffers that were malformed, or whose content makes no sense; completed all the same. */
     uint64_t chain_errors;
     /** Rings that broke so badly that the device needs a reset. */
@@ -600,7 +602,7 @@ struct aerostat_counters {
     /** Writes to fields of the configuration space that are not the driver's. */
     uint64_t config_errors;
     /** 0. */
-    uint64_t reserved[8];
+    uint64_t reserved[7];
 };
 
 /** The version of this header, to compare with aerostat_version(). */
