@@ -505,8 +505,8 @@ struct aerostat_balloon {
      */
     uint64_t actual_bytes;
     /**
-     * Bytes that it holds by the device's own count of distinct pages. The count may follow a moment
-     * after the guest was told.
+     * Bytes that it holds by the device's own count of distinct pages. The count is up to date when
+     * the guest of a ring is told; it may follow a moment after the completion of an element.
      */
     uint64_t ballooned_bytes;
     /** Bytes of guest memory: the sum of the table's regions; 0 without a table. */

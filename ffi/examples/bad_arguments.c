@@ -302,6 +302,37 @@ static void bad_queues(struct aerostat_device *device, const struct ring *ring, 
     REFUSED(EMSGSIZE, aerostat_device_stop_queue(device, 0, &position));
 }
 
+/* Submits without ever collecting. */
+static void too_many_elements(struct aerostat_device *device, const struct aerostat_element *good)
+{
+    enum { MOST = 65536 };
+    struct aerostat_element *elements =
+        (struct aerostat_element *)calloc(MOST + 1, sizeof(struct aerostat_element));
+    struct aerostat_completion *done =
+        (struct aerostat_completion *)calloc(MOST + 1, sizeof(struct aerostat_completion));
+    int collected = 0;
+    CHECK(elements != NULL && done != NULL);
+    for (size_t i = 0; i <= MOST; i++) {
+        elements[i] = *good;
+        elements[i].token = i;
+    }
+    REFUSED(EINVAL, aerostat_device_submit(device, elements, MOST + 1));
+    OK(aerostat_device_submit(device, elements, MOST));
+    REFUSED(EAGAIN, aerostat_device_submit(device, elements, 1));
+    while (collected < MOST) {
+        int count = aerostat_device_completions(device, done + collected, MOST + 1);
+        OK(count);
+        collected += count;
+        usleep(count == 0 ? 1000 : 0);
+    }
+    for (int i = 0; i < MOST; i++) {
+        CHECK(done[i].token == (uint64_t)i);
+    }
+    OK(aerostat_device_submit(device, elements, 1));
+    free(elements);
+    free(done);
+}
+
 static void bad_elements(struct aerostat_device *device)
 {
     struct aerostat_element good, element;
@@ -326,6 +357,7 @@ static void bad_elements(struct aerostat_device *device)
     REFUSED(ENOENT, aerostat_device_submit(device, &element, 1));
     OK(aerostat_device_submit(device, NULL, 0));
     CHECK(aerostat_device_completions(device, NULL, 0) == 0);
+    too_many_elements(device, &good);
 }
 
 /* Calls at the wrong time, from making a device to its reset. */
