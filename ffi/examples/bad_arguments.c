@@ -209,6 +209,10 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_set_target(NULL, 0));
     REFUSED(EFAULT, aerostat_device_query(NULL, &balloon));
     REFUSED(EFAULT, aerostat_device_guest_stats(NULL, 0, &stats));
+    REFUSED(EFAULT, aerostat_device_set_stats_interval(NULL, 0));
+    REFUSED(EFAULT, aerostat_device_start_hints(NULL, 1));
+    REFUSED(EFAULT, aerostat_device_finish_hints(NULL));
+    REFUSED(EFAULT, aerostat_device_take_hints(NULL, NULL, 0, NULL));
     REFUSED(EFAULT, aerostat_device_counters(NULL, &counters));
     REFUSED(EFAULT, aerostat_device_node_counters(NULL, -1, &counters));
     REFUSED(EFAULT, aerostat_device_submit(NULL, &element, 1));
@@ -410,6 +414,9 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     REFUSED(EPROTO, aerostat_device_resume(device));
     REFUSED(ERANGE, aerostat_device_set_memory(device, elsewhere));
     REFUSED(ENOTSUP, aerostat_device_guest_stats(device, 1, &stats));
+    REFUSED(ENOTSUP, aerostat_device_start_hints(device, 1));
+    REFUSED(EPROTO, aerostat_device_finish_hints(device));
+    REFUSED(EFAULT, aerostat_device_take_hints(device, NULL, 1, NULL));
 
     OK(aerostat_device_pause(device));
     REFUSED(EBUSY, aerostat_device_activate(device));

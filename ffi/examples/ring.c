@@ -121,6 +121,14 @@ static void read_stats(struct aerostat_device *device, struct guest *guest, stru
     /* Nobody answers here: the device asks by returning the buffer, and gives up in time. */
     CHECK(aerostat_device_guest_stats(device, 20, &stats) == -ETIMEDOUT);
     ring_wait(ring);
+
+    /* The device can ask by itself, from time to time. */
+    OK(aerostat_device_set_stats_interval(device, 10));
+    ring_add(ring, buffer, write_stats(guest->ram + buffer, 124 << 20), 0);
+    ring_wait(ring);
+    OK(aerostat_device_set_stats_interval(device, 0));
+    OK(aerostat_device_guest_stats(device, 0, &stats));
+    CHECK(stats.sequence == 2 && stats.values[AEROSTAT_STAT_AVAIL] == 124 << 20);
 }
 
 int main(void)
