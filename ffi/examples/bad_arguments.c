@@ -332,7 +332,11 @@ static void too_many_elements(struct aerostat_device *device, const struct aeros
     for (int i = 0; i < MOST; i++) {
         CHECK(done[i].token == (uint64_t)i);
     }
+    /* There is room again. */
     OK(aerostat_device_submit(device, elements, 1));
+    while (aerostat_device_completions(device, done, 1) == 0) {
+        usleep(1000);
+    }
     free(elements);
     free(done);
 }
@@ -340,9 +344,10 @@ static void too_many_elements(struct aerostat_device *device, const struct aeros
 static void bad_elements(struct aerostat_device *device)
 {
     struct aerostat_element good, element;
+    uint32_t pfn = htole32(1);
     struct iovec part;
     memset(&good, 0, sizeof(good));
-    part.iov_base = &good, part.iov_len = 4;
+    part.iov_base = &pfn, part.iov_len = sizeof(pfn);
     good.queue = 1;
     good.readable = &part;
     good.n_readable = 1;
