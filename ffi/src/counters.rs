@@ -80,6 +80,8 @@ pub struct aerostat_counters {
     pub broken_rings: u64,
     /// Writes to fields of the configuration space that are not the driver's.
     pub config_errors: u64,
+    /// Buffers completed on the queue of free page hints.
+    pub hint_chains: u64,
     /// 0.
     pub reserved: [u64; 7],
 }
@@ -173,6 +175,10 @@ fn to_c(counters: &Counters) -> aerostat_counters {
         chain_errors,
         broken_rings,
         config_errors,
+<<<<<<< HEAD
+=======
+        hint_chains,
+>>>>>>> ffi
         reserved: [0; 7],
     }
 }

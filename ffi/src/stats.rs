@@ -109,6 +109,27 @@ pub unsafe extern "C" fn aerostat_device_guest_stats(
     })
 }
 
+/// Asks the guest every interval_ms for what it says of its memory, from now on; 0 ends that. The
+/// answers are had from aerostat_device_guest_stats() with a timeout of 0. Allowed in every state; it
+/// takes effect while the device is active with AEROSTAT_FEATURE_STATS_VQ.
+///
+/// Returns: 0, or -EFAULT (device is NULL).
+///
+/// Threads: any. Never waits for the guest.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn aerostat_device_set_stats_interval(
+    device: *mut aerostat_device,
+    interval_ms: u32,
+) -> c_int {
+    // SAFETY: NULL or alive (the header's rule for handles).
+    let device = unsafe { handle::get(device) };
+    on_device(device, |device| {
+        let interval = Duration::from_millis(interval_ms.into());
+        device.set_stats_interval(Some(interval));
+        Ok(0)
+    })
+}
+
 fn to_c(stats: &GuestStats, now: Instant) -> aerostat_guest_stats {
     let age_ms = |received| {
         let age = now.saturating_duration_since(received);
