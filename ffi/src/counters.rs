@@ -72,8 +72,6 @@ pub struct aerostat_counters {
     pub report_chains: u64,
     /// Buffers read on the stats queue.
     pub stats_chains: u64,
-    /// Chains completed on the free page hint queue.
-    pub hint_chains: u64,
     /// Buffers that were malformed, or whose content makes no sense; completed all the same.
     pub chain_errors: u64,
     /// Rings that broke so badly that the device needs a reset.
@@ -171,14 +169,10 @@ fn to_c(counters: &Counters) -> aerostat_counters {
         deflate_chains,
         report_chains,
         stats_chains,
-        hint_chains,
         chain_errors,
         broken_rings,
         config_errors,
-<<<<<<< HEAD
-=======
         hint_chains,
->>>>>>> ffi
         reserved: [0; 7],
     }
 }
