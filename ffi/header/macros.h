@@ -48,7 +48,7 @@
 /** Initializes a struct aerostat_flow. */
 #define AEROSTAT_FLOW_INIT                                                                         \
     {                                                                                              \
-        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                  \
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                            \
     }
 
 /** Initializes a struct aerostat_counters that is to be filled. */

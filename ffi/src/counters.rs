@@ -38,8 +38,12 @@ pub struct aerostat_flow {
     pub skipped_partial_bytes: u64,
     /// Not discarded: the system call failed.
     pub skipped_failed_bytes: u64,
+    /// Refused: the balloon would have grown beyond its target (AEROSTAT_FEATURE_PAGE_REFUSAL).
+    pub skipped_over_target_bytes: u64,
+    /// Not taken: sent before the guest acknowledged an aerostat_device_reset_balloon().
+    pub skipped_late_bytes: u64,
     /// 0.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; 2],
 }
 
 /// All counters of a device, or one host node's share of them.
@@ -154,6 +158,11 @@ fn to_c(counters: &Counters) -> aerostat_counters {
         chain_errors,
         broken_rings,
         config_errors,
+        refused_bytes,
+        late_take_bytes,
+        host_resets,
+        host_resets_acknowledged,
+        host_reset_bytes,
     } = *counters;
     aerostat_counters {
         size: 0,
@@ -191,6 +200,8 @@ fn flow(flow: Flow) -> aerostat_flow {
         skipped_pinned_bytes,
         skipped_partial_bytes,
         skipped_failed_bytes,
+        skipped_over_target_bytes,
+        skipped_late_bytes,
     } = flow;
     aerostat_flow {
         requested_bytes,
@@ -205,6 +216,8 @@ fn flow(flow: Flow) -> aerostat_flow {
         skipped_pinned_bytes,
         skipped_partial_bytes,
         skipped_failed_bytes,
-        reserved: [0; 4],
+        skipped_over_target_bytes,
+        skipped_late_bytes,
+        reserved: [0; 2],
     }
 }

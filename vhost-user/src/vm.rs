@@ -200,6 +200,11 @@ impl Vm {
         Ok(bytes)
     }
 
+    /// Gives all ballooned pages back to the guest at once.
+    pub(crate) fn reset_balloon(&self) -> Result<(), VmError> {
+        Ok(self.attached()?.device.reset_balloon()?)
+    }
+
     /// The guest's statistics; waits up to `timeout` for news.
     pub(crate) fn guest_stats(&self, timeout: Duration) -> Result<GuestStats, VmError> {
         Ok(self.attached()?.device.guest_stats(timeout)?)
