@@ -611,8 +611,6 @@ struct aerostat_counters {
     uint64_t report_chains;
     /** Buffers read on the stats queue. */
     uint64_t stats_chains;
-    /** Chains completed on the free page hint queue. */
-    uint64_t hint_chains;
     /** Buffers that were malformed, or whose content makes no sense; completed all the same. */
     uint64_t chain_errors;
     /** Rings that broke so badly that the device needs a reset. */
