@@ -24,8 +24,8 @@
  *   kick, call   the eventfds by which a guest notifies a device, and a device a guest.
  *   inhibit      to forbid discarding, while the guest is still acknowledged.
  *
- * "Requirement" and "invariant" numbers refer to docs/requirements.md and docs/design.md; VIRTIO
- * sections to version 1.4 of the standard.
+ * docs/c-abi.md explains the requirements and invariants that are cited by number; sections of VIRTIO
+ * are those of version 1.4 of the standard.
  *
  * LIFE CYCLE
  *
@@ -132,7 +132,6 @@
  */
 
 
-
 #ifndef AEROSTAT_H
 #define AEROSTAT_H
 
@@ -163,17 +162,24 @@
 
 /**
  * VIRTIO_BALLOON_F_MUST_TELL_HOST: the guest waits for the acknowledgement of a deflate before it
- * uses the pages again. Lets the device discard after it has acknowledged an inflate.
+ * uses the pages again. The device may then discard after it has acknowledged an inflate.
  */
 #define AEROSTAT_FEATURE_MUST_TELL_HOST (1ull << 0)
 
 /** VIRTIO_BALLOON_F_STATS_VQ: the guest tells of its memory; see aerostat_device_guest_stats(). */
 #define AEROSTAT_FEATURE_STATS_VQ (1ull << 1)
 
-/** VIRTIO_BALLOON_F_DEFLATE_ON_OOM: the guest may take pages back when it runs out of memory. */
+/**
+ * VIRTIO_BALLOON_F_DEFLATE_ON_OOM: the guest may take pages back when it runs out of memory.
+ * Offered if asked for in struct aerostat_device_config, as it lets the guest undo what the host
+ * decided.
+ */
 #define AEROSTAT_FEATURE_DEFLATE_ON_OOM (1ull << 2)
 
-/** VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration. */
+/**
+ * VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration; see
+ * aerostat_device_start_hints(). Offered if asked for in struct aerostat_device_config.
+ */
 #define AEROSTAT_FEATURE_FREE_PAGE_HINT (1ull << 3)
 
 /** VIRTIO_BALLOON_F_PAGE_POISON: the guest tells what it fills free pages with. */
@@ -191,10 +197,16 @@
 /** VIRTIO_F_VERSION_1: the device is not a legacy one. */
 #define AEROSTAT_FEATURE_VERSION_1 (1ull << 32)
 
-/** VIRTIO_F_RING_PACKED: queues are packed rings. */
+/**
+ * VIRTIO_F_RING_PACKED: queues are packed rings (VIRTIO 1.4, 2.8). Offered if asked for in
+ * struct aerostat_device_config.
+ */
 #define AEROSTAT_FEATURE_RING_PACKED (1ull << 34)
 
-/** VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available. */
+/**
+ * VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available. Offered if
+ * asked for in struct aerostat_device_config.
+ */
 #define AEROSTAT_FEATURE_IN_ORDER (1ull << 35)
 
 /**
@@ -208,6 +220,9 @@
  * fields of rings are not looked at.
  */
 #define AEROSTAT_QUEUE_ELEMENT (1u << 0)
+
+/** Where a new packed ring starts, for next_avail and next_used: slot 0, wrap counter 1. */
+#define AEROSTAT_QUEUE_PACKED_START (1 << 15)
 
 /**
  * The element was not served: the device was reset, its queue was stopped, or the queue is not
@@ -270,6 +285,16 @@ enum aerostat_stat {
     AEROSTAT_STAT_ASYNC_RECLAIM = 14,
     /** Pages reclaimed directly. */
     AEROSTAT_STAT_DIRECT_RECLAIM = 15,
+};
+
+/** Where a round of free page hints stands. */
+enum aerostat_hint_state {
+    /** There is no round, or it has ended. */
+    AEROSTAT_HINT_IDLE = 0,
+    /** The guest was asked, or is sending hints. */
+    AEROSTAT_HINT_RUNNING = 1,
+    /** The guest has sent all its hints, and waits for the end of the round. */
+    AEROSTAT_HINT_COMPLETE = 2,
 };
 
 /** How much a log message matters. */
@@ -387,11 +412,14 @@ struct aerostat_queue_config {
     uint32_t size;
     /** AEROSTAT_QUEUE_* bits. */
     uint32_t flags;
-    /** Number of descriptors: a power of two up to 32768. Not looked at for element queues. */
+    /**
+     * Number of descriptors, up to 32768: a power of two, unless AEROSTAT_FEATURE_RING_PACKED is
+     * negotiated. Not looked at for element queues.
+     */
     uint16_t queue_size;
     /**
-     * Where to go on in the available ring: 0 for a new ring, else as aerostat_device_stop_queue()
-     * returned it.
+     * Where to go on in the available ring: as aerostat_device_stop_queue() returned it; for a new
+     * ring 0, or AEROSTAT_QUEUE_PACKED_START.
      */
     uint16_t next_avail;
     /** Where to go on in the used ring: likewise. */
@@ -402,15 +430,24 @@ struct aerostat_queue_config {
     int32_t kick_fd;
     /** The eventfd to signal for an interrupt (an irqfd); -1 for a guest that polls. Duplicated. */
     int32_t call_fd;
-    /** Guest physical address of the descriptor table; a multiple of 16. */
+    /** Guest physical address of the descriptors; a multiple of 16. */
     uint64_t desc_gpa;
-    /** Guest physical address of the available ring; a multiple of 2. */
+    /**
+     * Guest physical address of the available ring, a multiple of 2; of a packed ring's driver event
+     * suppression structure, a multiple of 4.
+     */
     uint64_t avail_gpa;
-    /** Guest physical address of the used ring; a multiple of 4. */
+    /**
+     * Guest physical address of the used ring, or of a packed ring's device event suppression
+     * structure; a multiple of 4.
+     */
     uint64_t used_gpa;
 };
 
-/** How far a ring has been served. */
+/**
+ * How far a ring has been served: for a split ring the indices, which run through all 16 bits; for
+ * a packed ring slots in bits 0 to 14, and the wrap counter in bit 15.
+ */
 struct aerostat_queue_position {
     /** sizeof(struct aerostat_queue_position), set by the caller. */
     uint32_t size;
@@ -478,8 +515,8 @@ struct aerostat_balloon {
      */
     uint64_t actual_bytes;
     /**
-     * Bytes that it holds by the device's own count of distinct pages. The count may follow a moment
-     * after the guest was told.
+     * Bytes that it holds by the device's own count of distinct pages. The count is up to date when
+     * the guest of a ring is told; it may follow a moment after the completion of an element.
      */
     uint64_t ballooned_bytes;
     /** Bytes of guest memory: the sum of the table's regions; 0 without a table. */
@@ -492,7 +529,7 @@ struct aerostat_balloon {
 struct aerostat_guest_stats {
     /** sizeof(struct aerostat_guest_stats), set by the caller. */
     uint32_t size;
-    /** Which values the guest sent: bit n stands for values[n]. */
+    /** Which values the guest sent: bit n stands for value n. */
     uint32_t present;
     /** The values, by enum aerostat_stat; 0 where the guest sent none. */
     uint64_t values[16];
@@ -502,6 +539,14 @@ struct aerostat_guest_stats {
     uint64_t age_ms;
     /** 0. */
     uint64_t reserved[4];
+};
+
+/** A range of guest memory. This structure has a fixed length. */
+struct aerostat_range {
+    /** The guest physical address of its first byte. */
+    uint64_t gpa;
+    /** Its length in bytes. */
+    uint64_t len_bytes;
 };
 
 /**
@@ -572,9 +617,71 @@ struct aerostat_counters {
     uint64_t broken_rings;
     /** Writes to fields of the configuration space that are not the driver's. */
     uint64_t config_errors;
+    /** Buffers completed on the queue of free page hints. */
+    uint64_t hint_chains;
     /** 0. */
-    uint64_t reserved[8];
+    uint64_t reserved[7];
 };
+
+/** The version of this header, to compare with aerostat_version(). */
+#define AEROSTAT_VERSION                                                                           \
+    (((uint32_t)AEROSTAT_VERSION_MAJOR << 16) | ((uint32_t)AEROSTAT_VERSION_MINOR << 8) |           \
+     (uint32_t)AEROSTAT_VERSION_PATCH)
+
+/** Initializes a struct aerostat_runtime_config: the library chooses. */
+#define AEROSTAT_RUNTIME_CONFIG_INIT                                                               \
+    {                                                                                              \
+        sizeof(struct aerostat_runtime_config), 0, 0, 0                                            \
+    }
+
+/** Initializes a struct aerostat_memory_region: anonymous private memory without an address. */
+#define AEROSTAT_MEMORY_REGION_INIT                                                                \
+    {                                                                                              \
+        sizeof(struct aerostat_memory_region), 0, 0, 0, NULL, -1, -1, 0, 0                         \
+    }
+
+/** Initializes a struct aerostat_device_config: recommended features, no eventfds. */
+#define AEROSTAT_DEVICE_CONFIG_INIT                                                                \
+    {                                                                                              \
+        sizeof(struct aerostat_device_config), 0, 0, -1, -1                                        \
+    }
+
+/** Initializes a struct aerostat_queue_config: a new ring, without its addresses and eventfds. */
+#define AEROSTAT_QUEUE_CONFIG_INIT                                                                 \
+    {                                                                                              \
+        sizeof(struct aerostat_queue_config), 0, 0, 0, 0, 0, -1, -1, 0, 0, 0                       \
+    }
+
+/** Initializes a struct aerostat_queue_position that is to be filled. */
+#define AEROSTAT_QUEUE_POSITION_INIT                                                               \
+    {                                                                                              \
+        sizeof(struct aerostat_queue_position), 0, 0, { 0 }                                        \
+    }
+
+/** Initializes a struct aerostat_balloon that is to be filled. */
+#define AEROSTAT_BALLOON_INIT                                                                      \
+    {                                                                                              \
+        sizeof(struct aerostat_balloon), 0, 0, 0, 0, 0, { 0 }                                      \
+    }
+
+/** Initializes a struct aerostat_guest_stats that is to be filled. */
+#define AEROSTAT_GUEST_STATS_INIT                                                                  \
+    {                                                                                              \
+        sizeof(struct aerostat_guest_stats), 0, { 0 }, 0, 0, { 0 }                                 \
+    }
+
+/** Initializes a struct aerostat_flow. */
+#define AEROSTAT_FLOW_INIT                                                                         \
+    {                                                                                              \
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                  \
+    }
+
+/** Initializes a struct aerostat_counters that is to be filled. */
+#define AEROSTAT_COUNTERS_INIT                                                                     \
+    {                                                                                              \
+        sizeof(struct aerostat_counters), 0, AEROSTAT_FLOW_INIT, AEROSTAT_FLOW_INIT, 0, 0, 0, 0,   \
+            0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                       \
+    }
 
 #ifdef __cplusplus
 extern "C" {
@@ -630,8 +737,9 @@ int aerostat_set_log(aerostat_log_callback callback, void *user, int level);
 /**
  * Finds out what the host can do, and starts the threads that serve devices.
  *
- * All threads of the library are started before this returns. The system calls that they make, for
- * a seccomp filter, are listed in docs/c-abi.md.
+ * All threads of the library are started before this returns. They block all signals but those of
+ * faults (SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP). The system calls that they make, for a seccomp
+ * filter, are listed in docs/c-abi.md.
  *
  * Returns: 0, or
  * -EINVAL (an unknown flag, or more than 64 workers a node),
@@ -755,7 +863,7 @@ int aerostat_device_state(const struct aerostat_device *device);
  * covered may be unmapped. Running rings have to lie in the new table too. Balloon pages in
  * regions that went away are forgotten.
  *
- * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table; the
+ * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table: the
  * old one stays in use).
  *
  * Lifetime: the device keeps what it needs of memory, which may be destroyed at once; its mappings
@@ -912,12 +1020,12 @@ int aerostat_device_write_config(struct aerostat_device *device,
  * Starts a queue: before aerostat_device_activate(), or while the device is active or paused.
  *
  * aerostat_device_set_features() and aerostat_device_set_memory() come first (VIRTIO 1.4, 2.7 split
- * virtqueues).
+ * and 2.8 packed virtqueues).
  *
  * Returns: 0, or
  * -ENOENT (index is 5 or more),
  * -EALREADY (the queue is started),
- * -EINVAL (an unknown flag; queue_size is no power of two up to 32768),
+ * -EINVAL (an unknown flag, a queue_size that is not allowed, or a position outside the ring),
  * -EADDRNOTAVAIL (an address is not aligned),
  * -ERANGE (a ring is not inside one memory region),
  * -EBADF (kick_fd is no open eventfd, or call_fd neither -1 nor one),
@@ -968,8 +1076,9 @@ int aerostat_device_set_queue_call(struct aerostat_device *device,
  * taken, or none.
  *
  * Each element is completed exactly once (invariant I2), after its pages were discarded where the
- * guest may count on it; completions of different elements come in any order. The buffer of the
- * stats queue is held until aerostat_device_guest_stats() asks for news (requirement S8).
+ * guest may count on it: those of one queue in the order in which they were submitted, those of
+ * different queues in any order. The buffer of the stats queue is held until
+ * aerostat_device_guest_stats() asks for news (requirement S8).
  *
  * Returns: 0, or
  * -EAGAIN (too many elements wait: collect completions first),
@@ -1048,6 +1157,67 @@ int aerostat_device_guest_stats(struct aerostat_device *device,
                                 struct aerostat_guest_stats *out);
 
 /**
+ * Asks the guest every interval_ms for what it says of its memory, from now on; 0 ends that. The
+ * answers are had from aerostat_device_guest_stats() with a timeout of 0. Allowed in every state; it
+ * takes effect while the device is active with AEROSTAT_FEATURE_STATS_VQ.
+ *
+ * Returns: 0, or -EFAULT (device is NULL).
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_set_stats_interval(struct aerostat_device *device,
+                                       uint32_t interval_ms);
+
+/**
+ * Begins a round of free page hints and signals config_fd, which makes the guest send them (VIRTIO
+ * 1.4, 5.5.6.5; requirement S9). Hints of an earlier round are forgotten.
+ *
+ * Until the round ends, by aerostat_device_finish_hints() or after limit_ms, the guest leaves nearly
+ * all its free pages to the device. Nothing is discarded.
+ *
+ * Returns: 0, or
+ * -ENOTSUP (AEROSTAT_FEATURE_FREE_PAGE_HINT is not negotiated),
+ * -EALREADY (a round is running),
+ * -EINVAL (limit_ms is 0 or more than 600000),
+ * -ENOTCONN (the device is not active),
+ * -EBUSY (it is paused),
+ * -EFAULT (device is NULL).
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_start_hints(struct aerostat_device *device,
+                                uint32_t limit_ms);
+
+/**
+ * Ends the round of hints, so that the guest may use its pages again. Hints that came can still be
+ * taken.
+ *
+ * Returns: 0, or -EPROTO (no round is running; it may have ended by itself), -EFAULT (device is
+ * NULL).
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_finish_hints(struct aerostat_device *device);
+
+/**
+ * Takes up to max ranges of which the guest said that they are free, oldest first, and tells where
+ * the round stands: no more ranges come once it is not AEROSTAT_HINT_RUNNING.
+ *
+ * The ranges were free at some moment of the round and may have been written since. A migration may
+ * leave them out if it has tracked writes since before aerostat_device_start_hints(), and sends what
+ * was written.
+ *
+ * Returns: how many ranges were stored in out, 0 if there is none; or -EFAULT (device is NULL, or out
+ * is NULL and max is not 0). An enum aerostat_hint_state goes to *state, unless that is NULL.
+ *
+ * Threads: any. Never waits. Two threads that take get different ranges.
+ */
+int aerostat_device_take_hints(struct aerostat_device *device,
+                               struct aerostat_range *out,
+                               size_t max,
+                               uint32_t *state);
+
+/**
  * Reads a device's books as of one instant. They survive a reset.
  *
  * Returns: 0, or -EMSGSIZE (out->size is too small), -EFAULT (a pointer is NULL).
@@ -1076,45 +1246,3 @@ int aerostat_device_node_counters(const struct aerostat_device *device,
 #endif  // __cplusplus
 
 #endif  /* AEROSTAT_H */
-
-
-/** The version of this header, to compare with aerostat_version(). */
-#define AEROSTAT_VERSION                                                                           \
-    (((uint32_t)AEROSTAT_VERSION_MAJOR << 16) | ((uint32_t)AEROSTAT_VERSION_MINOR << 8) |           \
-     (uint32_t)AEROSTAT_VERSION_PATCH)
-
-/** Initializes a struct aerostat_runtime_config: the library chooses. */
-#define AEROSTAT_RUNTIME_CONFIG_INIT                                                               \
-    {                                                                                              \
-        sizeof(struct aerostat_runtime_config), 0, 0, 0                                            \
-    }
-
-/** Initializes a struct aerostat_memory_region: anonymous private memory without an address. */
-#define AEROSTAT_MEMORY_REGION_INIT                                                                \
-    {                                                                                              \
-        sizeof(struct aerostat_memory_region), 0, 0, 0, NULL, -1, -1, 0, 0                         \
-    }
-
-/** Initializes a struct aerostat_device_config: recommended features, no eventfds. */
-#define AEROSTAT_DEVICE_CONFIG_INIT                                                                \
-    {                                                                                              \
-        sizeof(struct aerostat_device_config), 0, 0, -1, -1                                        \
-    }
-
-/** Initializes a struct aerostat_queue_config: a new ring, without its addresses and eventfds. */
-#define AEROSTAT_QUEUE_CONFIG_INIT                                                                 \
-    {                                                                                              \
-        sizeof(struct aerostat_queue_config), 0, 0, 0, 0, 0, -1, -1, 0, 0, 0                       \
-    }
-
-/** Initializes a struct aerostat_queue_position that is to be filled. */
-#define AEROSTAT_QUEUE_POSITION_INIT                                                               \
-    {                                                                                              \
-        sizeof(struct aerostat_queue_position), 0, 0, { 0 }                                        \
-    }
-
-/** Initializes a struct aerostat_balloon that is to be filled. */
-#define AEROSTAT_BALLOON_INIT                                                                      \
-    {                                                                                              \
-        sizeof(struct aerostat_balloon), 0, 0, 0, 0, 0, { 0 }                                      \
-    }

@@ -8,15 +8,15 @@
 use crate::balloon::{Balloon, bump};
 use crate::error::{Error, Result};
 use crate::event::EventFd;
-use crate::memory::{BALLOON_PAGE_SHIFT, Gpa, GuestMemory, NodeId};
+use crate::memory::{BALLOON_PAGE_SHIFT, Gpa, GuestMemory, NodeId, PfnRange};
 use crate::metrics::{Counters, GuestStats};
-use crate::protocol::virtio_balloon::{Features, StatsBoard};
+use crate::protocol::virtio_balloon::{Features, HintState, MAX_ROUND, StatsBoard};
 use crate::ring::source::{Completion, Element};
-use crate::runtime::{Runtime, Servable};
+use crate::runtime::{KickRegistration, Runtime, Servable};
 use crate::service::{Service, Shared};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// How a device is set up.
@@ -103,6 +103,8 @@ pub enum DeviceState {
 /// which takes at most a batch (milliseconds). Dropping the device drains it too.
 #[derive(Debug)]
 pub struct Device {
+    /// Dropped first: then the timer wakes nobody any more.
+    _timer: KickRegistration,
     shared: Arc<Shared>,
     runtime: Arc<Runtime>,
 }
@@ -136,8 +138,16 @@ impl Device {
         let event = |what, fd: Option<OwnedFd>| fd.map(|fd| EventFd::new(what, fd)).transpose();
         let config_event = event("config_event", config.config_event)?;
         let completion_event = event("completion_event", config.completion_event)?.map(Arc::new);
-        let shared = Shared::new(runtime, offered, config_event, completion_event);
+        let shared = Shared::new(runtime, offered, config_event, completion_event)?;
+        let device: Weak<dyn Servable> =
+            Arc::downgrade(&(Arc::clone(&shared) as Arc<dyn Servable>));
+        let home = runtime.pool().station_of(None);
+        let timer = shared.timer.descriptor()?;
+        let timer = runtime
+            .pool()
+            .register(home, timer, device, Shared::TIMER)?;
         Ok(Self {
+            _timer: timer,
             shared,
             runtime: Arc::clone(runtime),
         })
@@ -355,9 +365,7 @@ impl Device {
         let pages =
             u32::try_from(bytes >> BALLOON_PAGE_SHIFT).map_err(|_| invalid("less than 16 TiB"))?;
         self.shared.config.set_num_pages(pages);
-        if let Some(event) = &self.shared.config_event {
-            event.signal();
-        }
+        self.shared.signal_config();
         Ok(u64::from(pages) << BALLOON_PAGE_SHIFT)
     }
 
@@ -395,21 +403,76 @@ impl Device {
         if timeout.is_zero() {
             return Ok(stats.latest());
         }
-        match self.state() {
-            DeviceState::Configuring => return Err(Error::NotReady("activate the device")),
-            DeviceState::NeedsReset => return Err(Error::NotReady("reset the device")),
-            DeviceState::Paused => return Err(Error::Paused),
-            DeviceState::Active => {}
-        }
-        if !Features::from_bits_retain(self.features()).contains(Features::STATS_VQ) {
-            return Err(Error::NotSupported("STATS_VQ"));
-        }
+        self.active_with(Features::STATS_VQ, "STATS_VQ")?;
         let before = stats.latest().sequence;
         self.shared.schedule(Shared::STATS_REQUEST);
         let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
         stats
             .wait_behind(before, timeout)
             .ok_or(Error::TimedOut { timeout_ms })
+    }
+
+    /// Asks the guest for statistics every `interval` from now on; `None` stops that.
+    pub fn set_stats_interval(&self, interval: Option<Duration>) {
+        self.shared
+            .stats
+            .poll_every(interval.filter(|interval| !interval.is_zero()));
+        self.shared.set_timer();
+    }
+
+    /// Begins a round of free page hints (S9) and asks the guest for them through `config_event`;
+    /// returns the round's id. It ends with [`Self::finish_hints`], or by itself after `limit` (at most
+    /// ten minutes): until then the guest leaves nearly all its free pages to the device.
+    ///
+    /// # Errors
+    /// Needs an active device with FREE_PAGE_HINT and no round that is still running.
+    pub fn start_hints(&self, limit: Duration) -> Result<u32> {
+        self.active_with(Features::FREE_PAGE_HINT, "FREE_PAGE_HINT")?;
+        if limit.is_zero() || limit > MAX_ROUND {
+            let value = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+            let expected = "from 1 to 600000";
+            return Err(Error::Invalid {
+                what: "limit_ms",
+                value,
+                expected,
+            });
+        }
+        let id = self.shared.hints.start(&self.shared.config, limit)?;
+        self.shared.set_timer();
+        self.shared.signal_config();
+        Ok(id)
+    }
+
+    /// Ends the round of hints: the guest may use its pages again. Hints that came are kept.
+    ///
+    /// # Errors
+    /// No round is running; it may have ended by itself.
+    pub fn finish_hints(&self) -> Result<()> {
+        if !self.shared.hints.done(&self.shared.config) {
+            return Err(Error::Unbalanced("finish_hints"));
+        }
+        self.shared.set_timer();
+        self.shared.signal_config();
+        Ok(())
+    }
+
+    /// Takes up to `max` ranges that the guest said are free, oldest first. They were free at some
+    /// moment of the round, and may have been written since: use them only with writes tracked from
+    /// before [`Self::start_hints`]. Nothing was discarded.
+    pub fn take_hints(&self, max: usize, into: &mut Vec<PfnRange>) -> HintState {
+        self.shared.hints.take(max, into)
+    }
+
+    /// Fails unless the device is active and `feature` was negotiated.
+    fn active_with(&self, feature: Features, name: &'static str) -> Result<()> {
+        match self.state() {
+            DeviceState::Configuring => return Err(Error::NotReady("activate the device")),
+            DeviceState::NeedsReset => return Err(Error::NotReady("reset the device")),
+            DeviceState::Paused => return Err(Error::Paused),
+            DeviceState::Active => {}
+        }
+        let negotiated = Features::from_bits_retain(self.features()).contains(feature);
+        negotiated.then_some(()).ok_or(Error::NotSupported(name))
     }
 
     /// The device's books, as of one instant.

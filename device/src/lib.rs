@@ -34,5 +34,6 @@ pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, 
 pub use error::{Error, Result};
 pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};
+pub use protocol::virtio_balloon::HintState;
 pub use ring::source::{Completion, Element};
 pub use runtime::{Runtime, RuntimeConfig};

@@ -97,6 +97,8 @@ pub struct Counters {
     pub report_chains: u64,
     /// Stats buffers read.
     pub stats_chains: u64,
+    /// Chains completed on the free page hint queue.
+    pub hint_chains: u64,
     /// Chains that were malformed or held content that makes no sense; completed all the same.
     pub chain_errors: u64,
     /// Queues that broke so badly that the device needs a reset.
@@ -225,6 +227,7 @@ impl_combine!(Counters {
     deflate_chains,
     report_chains,
     stats_chains,
+    hint_chains,
     chain_errors,
     broken_rings,
     config_errors,

@@ -7,12 +7,11 @@ use crate::event::{EventFd, check_eventfd};
 use crate::memory::GuestMemory;
 use crate::metrics::Books;
 use crate::protocol::virtio_balloon::{
-    ConfigSpace, Features, QUEUES, Role, StatsBoard, Turn, role_of, serve_pages,
+    ConfigSpace, Features, HintBoard, QUEUES, Role, StatsBoard, Turn, role_of, serve_pages,
 };
 use crate::ring::source::{Completion, Element, ElementQueue, RingQueue, Source};
 use crate::ring::{Ring, RingError, RingFeatures};
-
-use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable};
+use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable, Timer};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -50,6 +49,8 @@ pub(crate) struct Shared {
     pub(crate) config_event: Option<EventFd>,
     pub(crate) books: Books,
     pub(crate) stats: StatsBoard,
+    pub(crate) hints: HintBoard,
+    pub(crate) timer: Timer,
     pub(crate) service: Mutex<Service>,
     /// The station that serves the device: that of most of its memory.
     pub(crate) home: AtomicUsize,
@@ -180,13 +181,21 @@ impl Service {
             scratch,
             books: &shared.books,
             stats: &shared.stats,
+            hints: &shared.hints,
+            ballooned_bytes: &shared.ballooned_bytes,
             poisoned: shared.config.poison_val() != 0
                 && self
                     .features
                     .is_some_and(|f| f.contains(Features::PAGE_POISON)),
         };
         let mut more = Ok(0);
-        for role in [Role::Inflate, Role::Deflate, Role::Stats, Role::Reporting] {
+        for role in [
+            Role::Inflate,
+            Role::Deflate,
+            Role::Stats,
+            Role::Hints,
+            Role::Reporting,
+        ] {
             let Some((index, queue)) = self.queue_of(role, started) else {
                 continue;
             };
@@ -214,13 +223,16 @@ impl Service {
 impl Shared {
     /// The mark, among the kicks, that asks for guest statistics.
     pub(crate) const STATS_REQUEST: u32 = 1 << 31;
+    /// The number under which the timer kicks.
+    pub(crate) const TIMER: u16 = 30;
 
     pub(crate) fn new(
         runtime: &Runtime,
         offered: Features,
         config_event: Option<EventFd>,
         completion_event: Option<Arc<EventFd>>,
-    ) -> Arc<Self> {
+    ) -> Result<Arc<Self>> {
+        let timer = Timer::new()?;
         let service = Service {
             state: DeviceState::Configuring,
             features: None,
@@ -228,7 +240,7 @@ impl Shared {
             inhibits: 0,
             queues: [const { None }; QUEUES as usize],
         };
-        Arc::new_cyclic(|this| Self {
+        Ok(Arc::new_cyclic(|this| Self {
             this: Weak::clone(this),
             pool: Arc::clone(runtime.pool()),
             offered,
@@ -236,6 +248,8 @@ impl Shared {
             config_event,
             books: Books::new(usize::try_from(runtime.nodes()).unwrap_or(1)),
             stats: StatsBoard::default(),
+            hints: HintBoard::default(),
+            timer,
             service: Mutex::new(service),
             home: AtomicUsize::new(0),
             kicks: AtomicU32::new(0),
@@ -248,7 +262,7 @@ impl Shared {
             features: AtomicU64::new(0),
             memory_bytes: AtomicU64::new(0),
             ballooned_bytes: AtomicU64::new(0),
-        })
+        }))
     }
 
     pub(crate) fn state(&self) -> DeviceState {
@@ -367,6 +381,7 @@ impl Shared {
         }
         self.stats.reset();
         self.config.reset();
+        self.hints.reset(&self.config);
         service.features = None;
         service.state = DeviceState::Configuring;
         if let Some(balloon) = &mut service.balloon {
@@ -389,7 +404,7 @@ impl Shared {
             // The receiver is ours: the channel is open.
             let _ = self.submitted.0.send(element);
         }
-        if self.wake(queues & !Self::STATS_REQUEST)
+        if self.wake(queues & ((1 << QUEUES) - 1))
             && let Some(this) = self.this.upgrade()
         {
             self.pool.submit(self.home.load(Ordering::Relaxed), this);
@@ -461,10 +476,41 @@ impl Shared {
         !self.scheduled.swap(true, Ordering::SeqCst)
     }
 
+    /// Sets the timer for whatever is due next.
+    pub(crate) fn set_timer(&self) {
+        let due = [self.hints.deadline(), self.stats.next_poll()];
+        self.timer.arm(due.into_iter().flatten().min());
+    }
+
+    /// Does what is due; returns what is to be done as if it had been kicked for.
+    fn on_timer(&self) -> u32 {
+        if self.hints.expire(&self.config) {
+            log::info!("a round of free page hints took too long; the guest has its pages back");
+            self.signal_config();
+        }
+        let kicks = if self.stats.poll_is_due() {
+            Self::STATS_REQUEST
+        } else {
+            0
+        };
+        self.set_timer();
+        kicks
+    }
+
+    /// Has the VMM raise a configuration-change interrupt.
+    pub(crate) fn signal_config(&self) {
+        if let Some(event) = &self.config_event {
+            event.signal();
+        }
+    }
+
     /// One turn under the lock; returns the queues that have more.
     fn turn(&self, scratch: &mut Scratch) -> u32 {
         let mut service = self.service.lock();
-        let kicks = self.kicks.swap(0, Ordering::SeqCst);
+        let mut kicks = self.kicks.swap(0, Ordering::SeqCst);
+        if kicks & (1 << Self::TIMER) != 0 {
+            kicks |= self.on_timer();
+        }
         self.accept_elements(&mut service);
         if service.state != DeviceState::Active {
             return 0;
@@ -476,10 +522,8 @@ impl Shared {
             0
         });
         self.show(&service);
-        if service.state == DeviceState::NeedsReset
-            && let Some(event) = &self.config_event
-        {
-            event.signal();
+        if service.state == DeviceState::NeedsReset {
+            self.signal_config();
         }
         more
     }

@@ -124,9 +124,7 @@ static int balloon_becomes(struct aerostat_device *device, uint64_t bytes)
 
 static struct aerostat_counters counters(struct aerostat_device *device)
 {
-    struct aerostat_counters counters;
-    memset(&counters, 0, sizeof(counters));
-    counters.size = sizeof(counters);
+    struct aerostat_counters counters = AEROSTAT_COUNTERS_INIT;
     OK(aerostat_device_counters(device, &counters));
     return counters;
 }

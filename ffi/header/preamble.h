@@ -24,8 +24,8 @@
  *   kick, call   the eventfds by which a guest notifies a device, and a device a guest.
  *   inhibit      to forbid discarding, while the guest is still acknowledged.
  *
- * "Requirement" and "invariant" numbers refer to docs/requirements.md and docs/design.md; VIRTIO
- * sections to version 1.4 of the standard.
+ * docs/c-abi.md explains the requirements and invariants that are cited by number; sections of VIRTIO
+ * are those of version 1.4 of the standard.
  *
  * LIFE CYCLE
  *
@@ -130,4 +130,3 @@
  * milliseconds" wait for requests in flight, which never wait for the VMM in their turn. No function
  * may be called from a signal handler, or in a child after fork().
  */
-

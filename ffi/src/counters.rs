@@ -78,8 +78,10 @@ pub struct aerostat_counters {
     pub broken_rings: u64,
     /// Writes to fields of the configuration space that are not the driver's.
     pub config_errors: u64,
+    /// Buffers completed on the queue of free page hints.
+    pub hint_chains: u64,
     /// 0.
-    pub reserved: [u64; 8],
+    pub reserved: [u64; 7],
 }
 
 // SAFETY: integers only, the size first.
@@ -148,6 +150,7 @@ fn to_c(counters: &Counters) -> aerostat_counters {
         deflate_chains,
         report_chains,
         stats_chains,
+        hint_chains,
         chain_errors,
         broken_rings,
         config_errors,
@@ -169,7 +172,8 @@ fn to_c(counters: &Counters) -> aerostat_counters {
         chain_errors,
         broken_rings,
         config_errors,
-        reserved: [0; 8],
+        hint_chains,
+        reserved: [0; 7],
     }
 }
 

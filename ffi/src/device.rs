@@ -1,7 +1,7 @@
 //! The device: its making, its life cycle, its end.
 #![allow(unsafe_code, reason = "exports symbols to C")]
 
-use crate::boundary::{Outcome, Refusal, call, call_unit, check_flags, check_reserved};
+use crate::boundary::{Outcome, Refusal, call, call_unit, check_flags};
 use crate::fd;
 use crate::handle::{self, Handle, Slot};
 use crate::memory::aerostat_memory;
@@ -178,7 +178,7 @@ pub unsafe extern "C" fn aerostat_device_state(device: *const aerostat_device) -
 /// covered may be unmapped. Running rings have to lie in the new table too. Balloon pages in
 /// regions that went away are forgotten.
 ///
-/// Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table; the
+/// Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table: the
 /// old one stays in use).
 ///
 /// Lifetime: the device keeps what it needs of memory, which may be destroyed at once; its mappings
@@ -298,9 +298,48 @@ pub unsafe extern "C" fn aerostat_device_uninhibit(device: *mut aerostat_device)
     on_device_unit(device, Device::uninhibit)
 }
 
-/// Refuses a structure's padding that is not zero; see [`check_reserved`].
-pub(crate) fn check_padding(what: &'static str, values: &[u64]) -> Outcome {
-    values
-        .iter()
-        .try_for_each(|value| check_reserved(what, *value))
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::{aerostat_runtime_config, aerostat_runtime_destroy, aerostat_runtime_new};
+
+    #[test]
+    fn a_panic_spoils_its_device_for_all_but_destroy_and_no_other() {
+        let threads = aerostat_runtime_config {
+            size: 16,
+            workers_per_node: 1,
+            ..Default::default()
+        };
+        let offer = aerostat_device_config {
+            size: 24,
+            flags: 0,
+            features: 0,
+            config_fd: -1,
+            completion_fd: -1,
+        };
+        let mut runtime = std::ptr::null_mut();
+        let [mut spoilt, mut other] = [std::ptr::null_mut(); 2];
+        // SAFETY: all pointers are to this function's variables; handles are alive until destroyed.
+        unsafe {
+            assert_eq!(
+                aerostat_runtime_new(&raw const threads, &raw mut runtime),
+                0
+            );
+            for device in [&raw mut spoilt, &raw mut other] {
+                assert_eq!(aerostat_device_new(runtime, &raw const offer, device), 0);
+            }
+            let device = handle::get(spoilt);
+            assert_eq!(
+                on_device(device, |_| panic!("a bug")),
+                -libc::ENOTRECOVERABLE
+            );
+            assert_eq!(aerostat_device_state(spoilt), -libc::ENOTRECOVERABLE);
+            assert_eq!(aerostat_device_reset(spoilt), -libc::ENOTRECOVERABLE);
+            assert_eq!(aerostat_device_state(other), 0);
+            aerostat_device_destroy(&raw mut spoilt);
+            aerostat_device_destroy(&raw mut other);
+            aerostat_runtime_destroy(&raw mut runtime);
+        }
+        assert!(spoilt.is_null());
+    }
 }

@@ -8,16 +8,19 @@ use ::aerostat_device::Device;
 use std::ffi::c_int;
 
 /// VIRTIO_BALLOON_F_MUST_TELL_HOST: the guest waits for the acknowledgement of a deflate before it
-/// uses the pages again. Lets the device discard after it has acknowledged an inflate.
+/// uses the pages again. The device may then discard after it has acknowledged an inflate.
 pub const AEROSTAT_FEATURE_MUST_TELL_HOST: u64 = 1u64 << 0;
 
 /// VIRTIO_BALLOON_F_STATS_VQ: the guest tells of its memory; see aerostat_device_guest_stats().
 pub const AEROSTAT_FEATURE_STATS_VQ: u64 = 1u64 << 1;
 
 /// VIRTIO_BALLOON_F_DEFLATE_ON_OOM: the guest may take pages back when it runs out of memory.
+/// Offered if asked for in struct aerostat_device_config, as it lets the guest undo what the host
+/// decided.
 pub const AEROSTAT_FEATURE_DEFLATE_ON_OOM: u64 = 1u64 << 2;
 
-/// VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration.
+/// VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration; see
+/// aerostat_device_start_hints(). Offered if asked for in struct aerostat_device_config.
 pub const AEROSTAT_FEATURE_FREE_PAGE_HINT: u64 = 1u64 << 3;
 
 /// VIRTIO_BALLOON_F_PAGE_POISON: the guest tells what it fills free pages with.
@@ -35,10 +38,12 @@ pub const AEROSTAT_FEATURE_EVENT_IDX: u64 = 1u64 << 29;
 /// VIRTIO_F_VERSION_1: the device is not a legacy one.
 pub const AEROSTAT_FEATURE_VERSION_1: u64 = 1u64 << 32;
 
-/// VIRTIO_F_RING_PACKED: queues are packed rings.
+/// VIRTIO_F_RING_PACKED: queues are packed rings (VIRTIO 1.4, 2.8). Offered if asked for in
+/// struct aerostat_device_config.
 pub const AEROSTAT_FEATURE_RING_PACKED: u64 = 1u64 << 34;
 
-/// VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available.
+/// VIRTIO_F_IN_ORDER: buffers are used in the order in which they were made available. Offered if
+/// asked for in struct aerostat_device_config.
 pub const AEROSTAT_FEATURE_IN_ORDER: u64 = 1u64 << 35;
 
 /// Tells which features the guest may select from (VIRTIO 1.4, 2.2; requirement S1).

@@ -7,7 +7,8 @@
 //! - `boundary`: runs a call, stops panics, turns errors into `-errno` and a message;
 //! - `handle`: opaque pointers that C owns;
 //! - `versioned`: structures that start with their own size and may grow;
-//! - `fd`: file descriptors that C lends.
+//! - `fd`: file descriptors that C lends;
+//! - `signals`: keeps the VMM's signals away from the library's threads.
 //!
 //! Rust names equal the C names, so one search finds both sides. Rust tests may use this crate as a
 //! library for its types; the symbols they should take from the built shared object.
@@ -23,6 +24,7 @@
 mod boundary;
 mod fd;
 mod handle;
+mod signals;
 mod versioned;
 
 // The nouns, in the order in which the header tells of them.
@@ -50,6 +52,8 @@ mod target;
 
 mod stats;
 
+mod hints;
+
 mod counters;
 
 pub use config_space::*;
@@ -57,6 +61,7 @@ pub use counters::*;
 pub use device::*;
 pub use element::*;
 pub use features::*;
+pub use hints::*;
 pub use last_error::aerostat_last_error;
 pub use log_sink::*;
 pub use memory::*;

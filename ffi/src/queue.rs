@@ -1,8 +1,8 @@
 //! A device's queues: rings that the library serves, or elements that the VMM pops.
 #![allow(unsafe_code, reason = "exports symbols to C")]
 
-use crate::boundary::{Outcome, check_flags};
-use crate::device::{aerostat_device, check_padding, on_device};
+use crate::boundary::{Outcome, check_flags, check_reserved};
+use crate::device::{aerostat_device, on_device};
 use crate::fd;
 use crate::handle;
 use crate::versioned::{self, Output, Versioned};
@@ -13,6 +13,9 @@ use std::ffi::c_int;
 /// The VMM pops this queue's elements itself and passes them to aerostat_device_submit(). The
 /// fields of rings are not looked at.
 pub const AEROSTAT_QUEUE_ELEMENT: u32 = 1u32 << 0;
+
+/// Where a new packed ring starts, for next_avail and next_used: slot 0, wrap counter 1.
+pub const AEROSTAT_QUEUE_PACKED_START: u16 = 1u16 << 15;
 
 /// One queue to start; see `AEROSTAT_QUEUE_CONFIG_INIT`.
 ///
@@ -26,10 +29,11 @@ pub struct aerostat_queue_config {
     pub size: u32,
     /// AEROSTAT_QUEUE_* bits.
     pub flags: u32,
-    /// Number of descriptors: a power of two up to 32768. Not looked at for element queues.
+    /// Number of descriptors, up to 32768: a power of two, unless AEROSTAT_FEATURE_RING_PACKED is
+    /// negotiated. Not looked at for element queues.
     pub queue_size: u16,
-    /// Where to go on in the available ring: 0 for a new ring, else as aerostat_device_stop_queue()
-    /// returned it.
+    /// Where to go on in the available ring: as aerostat_device_stop_queue() returned it; for a new
+    /// ring 0, or AEROSTAT_QUEUE_PACKED_START.
     pub next_avail: u16,
     /// Where to go on in the used ring: likewise.
     pub next_used: u16,
@@ -39,11 +43,13 @@ pub struct aerostat_queue_config {
     pub kick_fd: i32,
     /// The eventfd to signal for an interrupt (an irqfd); -1 for a guest that polls. Duplicated.
     pub call_fd: i32,
-    /// Guest physical address of the descriptor table; a multiple of 16.
+    /// Guest physical address of the descriptors; a multiple of 16.
     pub desc_gpa: u64,
-    /// Guest physical address of the available ring; a multiple of 2.
+    /// Guest physical address of the available ring, a multiple of 2; of a packed ring's driver event
+    /// suppression structure, a multiple of 4.
     pub avail_gpa: u64,
-    /// Guest physical address of the used ring; a multiple of 4.
+    /// Guest physical address of the used ring, or of a packed ring's device event suppression
+    /// structure; a multiple of 4.
     pub used_gpa: u64,
 }
 
@@ -53,7 +59,8 @@ unsafe impl Versioned for aerostat_queue_config {
     const FIRST_BYTES: usize = 48;
 }
 
-/// How far a ring has been served.
+/// How far a ring has been served: for a split ring the indices, which run through all 16 bits; for
+/// a packed ring slots in bits 0 to 14, and the wrap counter in bit 15.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct aerostat_queue_position {
@@ -79,12 +86,12 @@ const _: () = assert!(size_of::<aerostat_queue_position>() == 32);
 /// Starts a queue: before aerostat_device_activate(), or while the device is active or paused.
 ///
 /// aerostat_device_set_features() and aerostat_device_set_memory() come first (VIRTIO 1.4, 2.7 split
-/// virtqueues).
+/// and 2.8 packed virtqueues).
 ///
 /// Returns: 0, or
 /// -ENOENT (index is 5 or more),
 /// -EALREADY (the queue is started),
-/// -EINVAL (an unknown flag; queue_size is no power of two up to 32768),
+/// -EINVAL (an unknown flag, a queue_size that is not allowed, or a position outside the ring),
 /// -EADDRNOTAVAIL (an address is not aligned),
 /// -ERANGE (a ring is not inside one memory region),
 /// -EBADF (kick_fd is no open eventfd, or call_fd neither -1 nor one),
@@ -112,7 +119,7 @@ pub unsafe extern "C" fn aerostat_device_start_queue(
             config.flags,
             AEROSTAT_QUEUE_ELEMENT,
         )?;
-        check_padding("aerostat_queue_config.reserved", &[config.reserved.into()])?;
+        check_reserved("aerostat_queue_config.reserved", config.reserved.into())?;
         let index = queue_index(index)?;
         let ring = match config.flags & AEROSTAT_QUEUE_ELEMENT {
             0 => Some(ring(&config)?),

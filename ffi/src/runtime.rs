@@ -3,6 +3,7 @@
 
 use crate::boundary::{Refusal, call, call_unit, check_flags, check_reserved};
 use crate::handle::{self, Handle, Slot};
+use crate::signals::Blocked;
 use crate::versioned::{self, Versioned};
 use ::aerostat_device::{Runtime, RuntimeConfig};
 use std::ffi::c_int;
@@ -42,8 +43,9 @@ unsafe impl Versioned for aerostat_runtime_config {
 
 /// Finds out what the host can do, and starts the threads that serve devices.
 ///
-/// All threads of the library are started before this returns. The system calls that they make, for
-/// a seccomp filter, are listed in docs/c-abi.md.
+/// All threads of the library are started before this returns. They block all signals but those of
+/// faults (SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP). The system calls that they make, for a seccomp
+/// filter, are listed in docs/c-abi.md.
 ///
 /// Returns: 0, or
 /// -EINVAL (an unknown flag, or more than 64 workers a node),
@@ -67,9 +69,11 @@ pub unsafe extern "C" fn aerostat_runtime_new(
         let config = unsafe { versioned::read(config) }?;
         check_flags("aerostat_runtime_config.flags", config.flags, 0)?;
         check_reserved("aerostat_runtime_config.reserved", config.reserved.into())?;
+        let signals = Blocked::new();
         let runtime = Runtime::new(&RuntimeConfig {
             workers_per_node: config.workers_per_node,
         })?;
+        drop(signals);
         slot.fill(aerostat_runtime { runtime });
         Ok(())
     })
@@ -117,4 +121,59 @@ pub unsafe extern "C" fn aerostat_runtime_workers(runtime: *const aerostat_runti
 
 fn to_int(count: u32) -> Result<c_int, Refusal> {
     Ok(c_int::try_from(count).unwrap_or(c_int::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn the_librarys_threads_block_the_signals_of_the_vmm() {
+        let config = aerostat_runtime_config {
+            size: 16,
+            workers_per_node: 2,
+            ..Default::default()
+        };
+        let mut runtime = std::ptr::null_mut();
+        // SAFETY: the pointers are to this function's variables.
+        unsafe {
+            assert_eq!(aerostat_runtime_new(&raw const config, &raw mut runtime), 0);
+            assert!(aerostat_runtime_workers(runtime) >= 2);
+        }
+
+        // A thread gives itself its name when it begins to run.
+        let mut blocked = masks_of_workers();
+        while blocked.len() < 2 {
+            std::thread::yield_now();
+            blocked = masks_of_workers();
+        }
+
+        let sigterm = 1 << (libc::SIGTERM - 1);
+        assert!(
+            blocked.iter().all(|mask| mask & sigterm != 0),
+            "{blocked:x?}"
+        );
+        // SAFETY: the handle is alive, and used no more.
+        unsafe { aerostat_runtime_destroy(&raw mut runtime) };
+    }
+
+    /// The signals that threads called `aerostat-<node>.<number>` block, a bit each.
+    fn masks_of_workers() -> Vec<u64> {
+        fs::read_dir("/proc/self/task")
+            .unwrap()
+            // Threads of other tests' runtimes may end while they are looked at.
+            .filter_map(|task| fs::read_to_string(task.ok()?.path().join("status")).ok())
+            .filter(|status| {
+                let name = status.lines().next().unwrap_or_default();
+                name.starts_with("Name:\taerostat-") && name.contains('.')
+            })
+            .filter_map(|status| {
+                let line = status
+                    .lines()
+                    .find_map(|line| line.strip_prefix("SigBlk:"))?;
+                u64::from_str_radix(line.trim(), 16).ok()
+            })
+            .collect()
+    }
 }

@@ -60,7 +60,7 @@ const _: () = assert!(COUNT == STATS_TAGS && COUNT == AEROSTAT_STATS as usize);
 pub struct aerostat_guest_stats {
     /// sizeof(struct aerostat_guest_stats), set by the caller.
     pub size: u32,
-    /// Which values the guest sent: bit n stands for values[n].
+    /// Which values the guest sent: bit n stands for value n.
     pub present: u32,
     /// The values, by enum aerostat_stat; 0 where the guest sent none.
     pub values: [u64; 16],
@@ -105,6 +105,27 @@ pub unsafe extern "C" fn aerostat_device_guest_stats(
         let out = unsafe { Output::new(out) }?;
         let stats = device.guest_stats(Duration::from_millis(timeout_ms.into()))?;
         out.fill(&to_c(&stats, Instant::now()));
+        Ok(0)
+    })
+}
+
+/// Asks the guest every interval_ms for what it says of its memory, from now on; 0 ends that. The
+/// answers are had from aerostat_device_guest_stats() with a timeout of 0. Allowed in every state; it
+/// takes effect while the device is active with AEROSTAT_FEATURE_STATS_VQ.
+///
+/// Returns: 0, or -EFAULT (device is NULL).
+///
+/// Threads: any. Never waits for the guest.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn aerostat_device_set_stats_interval(
+    device: *mut aerostat_device,
+    interval_ms: u32,
+) -> c_int {
+    // SAFETY: NULL or alive (the header's rule for handles).
+    let device = unsafe { handle::get(device) };
+    on_device(device, |device| {
+        let interval = Duration::from_millis(interval_ms.into());
+        device.set_stats_interval(Some(interval));
         Ok(0)
     })
 }

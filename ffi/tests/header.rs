@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper of tests fails with the test")]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -23,7 +24,6 @@ fn generated() -> String {
     let text = |name| fs::read_to_string(crate_dir().join("header").join(name)).unwrap();
     let mut config = cbindgen::Config::from_file(crate_dir().join("cbindgen.toml")).unwrap();
     config.header = Some(text("preamble.h"));
-    config.trailer = Some(text("trailer.h"));
     let mut header = Vec::new();
     cbindgen::Builder::new()
         .with_crate(crate_dir())
@@ -31,7 +31,11 @@ fn generated() -> String {
         .generate()
         .unwrap()
         .write(&mut header);
-    one_line_comments(&String::from_utf8(header).unwrap())
+    let header = one_line_comments(&String::from_utf8(header).unwrap());
+    // What cbindgen cannot express stands between the structures and the functions.
+    let functions = "#ifdef __cplusplus\nextern";
+    assert_eq!(header.matches(functions).count(), 1);
+    header.replace(functions, &format!("{}\n{functions}", text("macros.h")))
 }
 
 /// Puts comments that have one line of text on one line, so that structures stay readable.
@@ -185,6 +189,27 @@ fn units_are_in_the_names_of_numbers() {
                 "{word}: {text}"
             );
         }
+    }
+}
+
+/// "requirement S11", "requirements A1, A2", "invariant I2": what is cited is to be found.
+#[test]
+fn cited_requirements_are_explained() {
+    let manual = fs::read_to_string(crate_dir().join("../docs/c-abi.md")).unwrap();
+    let is_number = |word: &&str| {
+        let mut chars = word.chars();
+        chars.next().is_some_and(|first| "AIJRSVWX".contains(first))
+            && !chars.as_str().is_empty()
+            && chars.all(|rest| rest.is_ascii_digit())
+    };
+    let header = generated();
+    let cited: BTreeSet<&str> = header
+        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter(is_number)
+        .collect();
+    assert!(cited.len() > 5, "{cited:?}");
+    for number in cited {
+        assert!(manual.contains(&format!("| {number} |")), "{number}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Test support: real guests, a VMM and guests in this process, and the programs that show the
+//! Test support: a VMM and its guests in this process, real guests, and the programs that show the
 //! library at work on them.
 
 pub mod artifacts;

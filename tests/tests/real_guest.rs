@@ -32,9 +32,6 @@ const MEMORY_MIB: u64 = 448;
 const TARGET_BYTES: u64 = 224 * MIB;
 const WORKING_SET_MIB: u64 = 64;
 
-/// Untouched memory a guest keeps while it fills the rest.
-const UNTOUCHED_BYTES: u64 = 8 * MIB;
-
 /// The most that anything may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -89,7 +86,7 @@ impl Scene {
             .guest
             .make_working_set("data", WORKING_SET_MIB)
             .unwrap();
-        self.guest.touch_unused_memory(UNTOUCHED_BYTES).unwrap();
+        self.guest.touch_unused_memory().unwrap();
         set
     }
 
@@ -302,7 +299,7 @@ fn reported_memory_becomes_free_without_a_balloon() {
         .guest
         .make_working_set("data", WORKING_SET_MIB)
         .unwrap();
-    scene.guest.touch_unused_memory(UNTOUCHED_BYTES).unwrap();
+    scene.guest.touch_unused_memory().unwrap();
     let full = scene.host_bytes();
     assert!(full > (MEMORY_MIB - 64) * MIB, "{full}");
 
@@ -384,7 +381,7 @@ fn a_guest_that_reboots_finds_the_target() {
         .make_working_set("data", WORKING_SET_MIB)
         .unwrap();
     scene.inflate_to(0);
-    scene.guest.touch_unused_memory(UNTOUCHED_BYTES).unwrap();
+    scene.guest.touch_unused_memory().unwrap();
     scene.assert_intact(&set);
 }
 
@@ -433,7 +430,7 @@ fn a_back_end_that_is_killed_while_ballooned_costs_the_guest_no_data() {
     scene.backend.kill();
 
     scene.assert_intact(&set);
-    scene.guest.touch_unused_memory(UNTOUCHED_BYTES).unwrap();
+    scene.guest.touch_unused_memory().unwrap();
     scene.assert_intact(&set);
     let grown = scene.host_bytes().saturating_sub(ballooned);
     assert!(

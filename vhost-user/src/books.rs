@@ -4,7 +4,7 @@ use aerostat_device::memory::NodeId;
 use aerostat_device::{Counters, Device, Flow};
 
 /// How many counters there are.
-const COUNT: usize = 36;
+const COUNT: usize = 37;
 
 /// Counters with the names that the control socket gives them.
 pub(crate) type Named = [(&'static str, u64); COUNT];
@@ -60,6 +60,7 @@ fn named(counters: &Counters) -> Named {
         deflate_chains,
         report_chains,
         stats_chains,
+        hint_chains,
         chain_errors,
         broken_rings,
         config_errors,
@@ -100,6 +101,7 @@ fn named(counters: &Counters) -> Named {
         ("deflate-chains", deflate_chains),
         ("report-chains", report_chains),
         ("stats-chains", stats_chains),
+        ("hint-chains", hint_chains),
         ("chain-errors", chain_errors),
         ("broken-rings", broken_rings),
         ("config-errors", config_errors),

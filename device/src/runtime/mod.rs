@@ -7,11 +7,13 @@
 //! eventfd in the same epoll instance wakes a worker for it.
 //!
 //! System calls of the workers (for seccomp filters): epoll_wait, read, write, futex, madvise,
-//! process_madvise, fallocate, sched_setaffinity, sched_yield, clock_gettime, mmap, munmap, exit.
+//! process_madvise, fallocate, sendto, timerfd_settime, rt_sigprocmask, sched_setaffinity, sched_yield, clock_gettime, mmap, munmap, exit.
 
+mod timer;
 mod topology;
 mod worker;
 
+pub(crate) use timer::Timer;
 pub(crate) use worker::{KickRegistration, Pool, Scratch, Servable};
 
 use crate::discard::Discarder;

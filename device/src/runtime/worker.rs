@@ -319,12 +319,25 @@ fn run_caught(part: Part) {
     }
 }
 
+/// Keeps the process's signals away from this thread: handling them is the VMM's business, and a pipe
+/// without a reader must not raise SIGPIPE.
+fn block_signals() {
+    let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigfillset initialises the set that pthread_sigmask then reads; the mask changed is this
+    // thread's own.
+    unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut());
+    }
+}
+
 /// Starts a worker of the station at index `station`.
 pub(super) fn spawn(pool: &Arc<Pool>, station: usize, number: u32) -> Result<JoinHandle<()>> {
     let pool = Arc::clone(pool);
     std::thread::Builder::new()
         .name(format!("aerostat-{station}.{number}"))
         .spawn(move || {
+            block_signals();
             if let Some(node) = pool.host.nodes.get(station) {
                 pool.host.bind_current_thread(node);
             }

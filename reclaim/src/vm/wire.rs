@@ -94,6 +94,8 @@ pub struct PageCounters {
     pub deflate_chains: u64,
     /// Descriptor chains received on the statistics queue.
     pub stats_chains: u64,
+    /// Free page hint buffers handled.
+    pub hint_chains: u64,
     /// Descriptor chains received on the reporting queue.
     pub report_chains: u64,
     /// Chains that were acknowledged although their contents made no sense.

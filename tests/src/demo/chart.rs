@@ -308,7 +308,7 @@ impl Panel {
 
         let scale = if self.unit == Unit::Seconds { 1.0 } else { 1e3 };
         let name = if self.unit == Unit::Seconds {
-            "s"
+            "seconds"
         } else {
             "ms after the request"
         };

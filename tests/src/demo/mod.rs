@@ -25,6 +25,7 @@ use std::{
 use crate::{
     backend::BackendError,
     guest::{GuestError, Prerequisites},
+    vmm::VmmError,
 };
 use aerostat_reclaim::vm::ControlError;
 use guest::DemoGuest;
@@ -45,9 +46,9 @@ pub enum DemoError {
     /// The sizes asked for do not fit together.
     #[error("{0}")]
     Sizes(String),
-    /// This kind of guest cannot be had.
-    #[error("{0}")]
-    Unavailable(String),
+    /// The test VMM failed.
+    #[error("the synthetic guest failed")]
+    Vmm(#[from] VmmError),
     /// The guest stopped on the way to its target.
     #[error("{what}: no progress for {seconds} s, at {reached_mib} MiB of {target_mib} MiB")]
     Stalled {
@@ -104,7 +105,7 @@ fn start(options: &Options) -> Result<Box<dyn DemoGuest>, DemoError> {
         kind => kind,
     };
     match kind {
-        GuestKind::Synthetic => synthetic::start(options),
+        GuestKind::Synthetic => Ok(Box::new(synthetic::SyntheticGuest::start(options)?)),
         GuestKind::Auto | GuestKind::Uml => Ok(Box::new(uml::UmlDemoGuest::start(options)?)),
     }
 }

@@ -26,7 +26,9 @@ pub struct Progress {
 enum Display {
     Bars {
         acknowledged: ProgressBar,
-        host: ProgressBar,
+        // The host gets memory back in an inflation only; after a deflation it gives memory again
+        // when the guest uses it.
+        host: Option<ProgressBar>,
     },
     Lines {
         next_percent: u64,
@@ -37,7 +39,7 @@ impl Progress {
     /// Begins to show a movement over this distance.
     #[must_use]
     pub fn new(what: &'static str, distance_bytes: u64) -> Self {
-        let display = if io::stdout().is_terminal() {
+        let display = if io::stdout().is_terminal() && io::stderr().is_terminal() {
             let all = MultiProgress::new();
             let bar = |prefix: &str| {
                 let style = ProgressStyle::with_template(BAR)
@@ -49,11 +51,7 @@ impl Progress {
             };
             Display::Bars {
                 acknowledged: bar("guest acknowledged"),
-                host: bar(if what == "inflate" {
-                    "freed on the host"
-                } else {
-                    "used by the host"
-                }),
+                host: (what == "inflate").then(|| bar("freed on the host")),
             }
         } else {
             Display::Lines { next_percent: 0 }
@@ -72,8 +70,10 @@ impl Progress {
             Display::Bars { acknowledged, host } => {
                 acknowledged.set_position(figures.acknowledged_bytes);
                 acknowledged.set_message(figures.acknowledged(self.distance_bytes));
-                host.set_position(figures.host_change_bytes);
-                host.set_message(figures.host());
+                if let Some(host) = host {
+                    host.set_position(figures.host_change_bytes);
+                    host.set_message(figures.host());
+                }
             }
             Display::Lines { next_percent } => {
                 let percent = figures.acknowledged_bytes * 100 / self.distance_bytes.max(1);
@@ -92,8 +92,10 @@ impl Progress {
             Display::Bars { acknowledged, host } => {
                 acknowledged.set_position(figures.acknowledged_bytes);
                 acknowledged.abandon_with_message(figures.acknowledged(self.distance_bytes));
-                host.set_position(figures.host_change_bytes);
-                host.abandon_with_message(figures.host());
+                if let Some(host) = host {
+                    host.set_position(figures.host_change_bytes);
+                    host.abandon_with_message(figures.host());
+                }
             }
             Display::Lines { .. } => {
                 println!("  {}: {}", self.what, figures.line(self.distance_bytes));

@@ -22,7 +22,7 @@ pub fn table(outcome: &Outcome) -> String {
     rows.add(
         "on the host, all of it in use",
         before.host_bytes,
-        "blocks of the guest's tmpfs",
+        "blocks of the guest's memory file",
     );
     rows.add("requested", outcome.target_bytes, "");
     let speed = format!(
@@ -54,7 +54,7 @@ pub fn table(outcome: &Outcome) -> String {
     rows.add("on the host, used again", outcome.used_again.host_bytes, "");
     let checksum: String = outcome.checksum.chars().take(12).collect();
     let data = format!(
-        "sha256 {checksum}..., {} when inflated, {} at the end",
+        "checksum {checksum}..., {} when inflated, {} at the end",
         intact(outcome.intact_while_inflated),
         intact(outcome.intact_at_end)
     );

@@ -15,10 +15,6 @@ use crate::{
     guest::{HostMemoryGauge, UmlConfig, UmlGuest, WorkingSet},
 };
 
-/// Memory the guest keeps untouched for its own needs while it fills the rest; with less, its
-/// out-of-memory killer ends the program that fills.
-const UNTOUCHED_BYTES: u64 = 8 << 20;
-
 /// A User-Mode Linux guest, its back-end and the control of it.
 pub struct UmlDemoGuest {
     // Dropped in this order: the guest goes before its device.
@@ -93,7 +89,7 @@ impl DemoGuest for UmlDemoGuest {
     }
 
     fn touch_unused_memory(&mut self) -> Result<u64, DemoError> {
-        Ok(self.guest.touch_unused_memory(UNTOUCHED_BYTES)?)
+        Ok(self.guest.touch_unused_memory()?)
     }
 
     fn touch_memory(&mut self, mib: u64) -> Result<(), DemoError> {

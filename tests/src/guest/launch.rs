@@ -108,6 +108,24 @@ fn joined(prefix: &str, path: &Path, suffix: &str) -> OsString {
     word
 }
 
+/// A command to which the program to be run inside the namespaces is to be added.
+pub(super) fn in_namespaces(setpriv: &Path, unshare: &Path) -> Command {
+    let mut command = Command::new(setpriv);
+    command.args(["--pdeathsig", "KILL", "--"]).arg(unshare);
+    if !rustix::process::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.args([
+        "--mount",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        "--",
+    ]);
+    command
+}
+
 /// Starts the guest's processes; `ram` is an empty directory for its memory.
 ///
 /// The guest ends when the *thread* that called this ends (prctl(2), `PR_SET_PDEATHSIG`).
@@ -120,22 +138,8 @@ pub(super) fn start(
     initramfs: &Path,
     ram: &Path,
 ) -> Result<Child, GuestError> {
-    let mut command = Command::new(&parts.setpriv);
+    let mut command = in_namespaces(&parts.setpriv, &parts.unshare);
     command
-        .args(["--pdeathsig", "KILL", "--"])
-        .arg(&parts.unshare);
-    if !rustix::process::geteuid().is_root() {
-        command.args(["--user", "--map-root-user"]);
-    }
-    command
-        .args([
-            "--mount",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-            "--",
-        ])
         .args(["/bin/sh", "-c", SCRIPT, "aerostat-guest"])
         .arg(ram)
         .arg(format!("{}M", config.memory_mib + SPARE_MIB))

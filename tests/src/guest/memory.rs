@@ -9,6 +9,16 @@ const BULK_TIMEOUT: Duration = Duration::from_secs(180);
 
 const MIB: u64 = 1 << 20;
 
+/// Memory that stays untouched when the rest is filled: with less, the out-of-memory killer ends
+/// the program that fills.
+const UNTOUCHED_BYTES: u64 = 6 * MIB;
+
+/// What the kernel keeps for emergencies meanwhile; its default grows with the size of the guest.
+const FILL_RESERVE_KIB: &str = "1024";
+
+/// A file in memory has an index, of 9 bytes for each page of 4 KiB and a little more.
+const FILE_INDEX_SHARE: u64 = 400;
+
 /// The guest's own view of its memory, from `/proc/meminfo`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestMemory {
@@ -68,16 +78,19 @@ impl UmlGuest {
         })
     }
 
-    /// Writes to nearly all unused memory and gives it up again, so that the host really has
-    /// allocated it; `leave_bytes` stay untouched for the guest's own needs. Returns how much was
-    /// written.
+    /// Writes to practically all unused memory and gives it up again, so that the host really has
+    /// allocated it. Returns how much was written.
     ///
     /// # Errors
     /// The guest does not answer or runs out of memory.
-    pub fn touch_unused_memory(&mut self, leave_bytes: u64) -> Result<u64, GuestError> {
-        let unused = self.memory()?.unused_bytes;
-        let mib = unused.saturating_sub(leave_bytes) / MIB;
+    pub fn touch_unused_memory(&mut self) -> Result<u64, GuestError> {
+        let reserve = self.run("cat /proc/sys/vm/min_free_kbytes")?;
+        let set_reserve = |kib: &str| format!("echo {kib} >/proc/sys/vm/min_free_kbytes");
+        self.run(&set_reserve(FILL_RESERVE_KIB))?;
+        let unused = self.memory()?.unused_bytes.saturating_sub(UNTOUCHED_BYTES);
+        let mib = (unused - unused / FILE_INDEX_SHARE) / MIB;
         self.touch_memory(mib)?;
+        self.run(&set_reserve(&reserve))?;
         Ok(mib * MIB)
     }
 

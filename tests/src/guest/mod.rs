@@ -28,13 +28,13 @@ pub use uml::{HostMemoryGauge, UmlGuest};
 /// What can go wrong with a guest.
 #[derive(Debug, thiserror::Error)]
 pub enum GuestError {
-    /// Something the guest needs is not installed.
-    #[error("a real guest cannot be started: {missing}; install it with: {install}")]
+    /// Something the guest needs is not there.
+    #[error("a real guest cannot be started: {missing}; {remedy}")]
     Prerequisite {
         /// What is missing.
         missing: String,
-        /// The command that installs it.
-        install: &'static str,
+        /// What helps.
+        remedy: &'static str,
     },
     /// A file or process operation of the harness failed.
     #[error("{action} {}", path.display())]

@@ -3,14 +3,20 @@
 use std::{
     env, fs,
     path::{Path, PathBuf},
+    process::Stdio,
 };
 
-use super::GuestError;
+use super::{GuestError, launch};
 
 /// Debian's packages for everything looked for here (`unshare` and `setpriv` are in util-linux).
-pub const INSTALL: &str = "apt-get install user-mode-linux busybox-static util-linux";
+pub const INSTALL: &str =
+    "install it with: apt-get install user-mode-linux busybox-static util-linux";
 
-/// The files a guest is made of.
+/// What helps where namespaces are not allowed.
+const ALLOW_NAMESPACES: &str =
+    "run as root, in a container with CAP_SYS_ADMIN, or allow unprivileged user namespaces";
+
+/// The files a guest is made of, on a host that lets it run.
 #[derive(Clone, Debug)]
 pub struct Prerequisites {
     /// The kernel: a program of this host.
@@ -31,12 +37,30 @@ impl Prerequisites {
     /// # Errors
     /// [`GuestError::Prerequisite`] names the first thing that is missing.
     pub fn find() -> Result<Self, GuestError> {
-        Ok(Self {
+        let found = Self {
             kernel: program("linux.uml").or_else(|_| program("linux"))?,
             balloon_module: balloon_module(Path::new("/usr/lib/uml/modules"))?,
             busybox: static_busybox()?,
             unshare: program("unshare")?,
             setpriv: program("setpriv")?,
+        };
+        found.check_namespaces()?;
+        Ok(found)
+    }
+
+    fn check_namespaces(&self) -> Result<(), GuestError> {
+        let probe = launch::in_namespaces(&self.setpriv, &self.unshare)
+            .arg("true")
+            .stdin(Stdio::null())
+            .output()
+            .map_err(GuestError::io("starting", &self.setpriv))?;
+        if probe.status.success() {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&probe.stderr).trim().to_owned();
+        Err(GuestError::Prerequisite {
+            missing: format!("namespaces of its own are not allowed ({said})"),
+            remedy: ALLOW_NAMESPACES,
         })
     }
 
@@ -67,7 +91,7 @@ impl Prerequisites {
 fn missing(what: String) -> GuestError {
     GuestError::Prerequisite {
         missing: what,
-        install: INSTALL,
+        remedy: INSTALL,
     }
 }
 

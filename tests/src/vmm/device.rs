@@ -237,7 +237,10 @@ impl Device {
         let table = Table::new(ram)?;
         let handle = table.handle.cast_const();
         let mut current = self.ram.lock();
-        call!(self.symbols, aerostat_device_set_memory(self.handle, handle))?;
+        call!(
+            self.symbols,
+            aerostat_device_set_memory(self.handle, handle)
+        )?;
         *current = Some(ram.clone());
         Ok(())
     }

@@ -57,7 +57,6 @@ impl EventFd {
 }
 
 /// Waits until one of `events` is signalled; returns its position. The counter stays.
-#[must_use]
 pub fn wait_any(events: &[&EventFd], timeout: Duration) -> Option<usize> {
     let deadline = Instant::now() + timeout;
     let mut polled: Vec<libc::pollfd> = events

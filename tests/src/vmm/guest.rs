@@ -2,7 +2,7 @@
 
 use super::allocator::{Order, PageAllocator};
 use super::books::assert_balanced;
-use super::device::{Device, Runtime, size_of_u32};
+use super::device::{Device, Runtime, State, size_of_u32};
 use super::driver::{Driver, ROLES, Role};
 use super::elements::ElementPump;
 use super::error::{Result, VmmError};
@@ -11,10 +11,11 @@ use super::follower::Follower;
 use super::mapping::Backing;
 use super::ram::{GuestRam, RegionSpec};
 use super::vring::{Placement, Vring};
+use super::working_set::WorkingSet;
 use super::{MIB, PAGE_BYTES};
 use aerostat::{
-    AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING,
-    AEROSTAT_FEATURE_STATS_VQ, AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
+    AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING, AEROSTAT_FEATURE_STATS_VQ,
+    AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
 };
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::Arc;
@@ -33,6 +34,8 @@ pub enum Numbering {
 /// A guest to be made.
 #[derive(Clone, Debug)]
 pub struct GuestConfig {
+    /// What its memfds are called.
+    pub name: &'static str,
     /// Its memory. The lowest region holds the driver's queues and buffers.
     pub regions: Vec<RegionSpec>,
     /// What the device is to offer; 0 leaves the choice to the library.
@@ -64,6 +67,7 @@ impl GuestConfig {
     #[must_use]
     pub fn with_regions(regions: Vec<RegionSpec>) -> Self {
         Self {
+            name: "guest",
             regions,
             offered: 0,
             selected: Self::LINUX,
@@ -87,7 +91,15 @@ impl Vmm {
     /// # Errors
     /// The library is missing, or refuses.
     pub fn new() -> Result<Self> {
-        let runtime = Runtime::new(0)?;
+        Self::with_workers(0)
+    }
+
+    /// As [`Self::new`], with this many threads for each host node.
+    ///
+    /// # Errors
+    /// The library is missing, or refuses.
+    pub fn with_workers(workers_per_node: u32) -> Result<Self> {
+        let runtime = Runtime::new(workers_per_node)?;
         Ok(Self { runtime })
     }
 
@@ -102,7 +114,7 @@ impl Vmm {
     /// # Errors
     /// Host or library refuse.
     pub fn assemble(&self, config: &GuestConfig) -> Result<Guest> {
-        let ram = Arc::new(GuestRam::new(&config.regions)?);
+        let ram = Arc::new(GuestRam::new(config.name, &config.regions)?);
         let config_event = Arc::new(EventFd::new()?);
         let completion_event = Arc::new(EventFd::new()?);
         let device = Arc::new(Device::new(
@@ -277,9 +289,16 @@ impl Guest {
         self.follower = None;
     }
 
-    /// Ends the VMM's own serving of element queues, for tests that do it step by step.
-    pub fn stop_pump(&mut self) {
-        self.pump = None;
+    /// Makes a working set of `pages` pages, and has the host allocate all the rest of the guest's
+    /// memory too.
+    ///
+    /// # Errors
+    /// The guest has not got as many pages.
+    pub fn fill_memory(&self, pages: u64, seed: u64) -> Result<WorkingSet> {
+        let mut driver = self.driver.lock();
+        let set = WorkingSet::allocate(&self.ram, &mut driver.allocator, pages, seed)?;
+        driver.touch_unused(u64::MAX);
+        Ok(set)
     }
 
     /// Sets the target and lets the driver move there at once, in this thread.
@@ -296,7 +315,7 @@ impl Guest {
         self.books().map(drop)
     }
 
-    /// The books, which have to balance.
+    /// The books, which have to balance (I4).
     ///
     /// # Errors
     /// The device does not answer.
@@ -308,6 +327,28 @@ impl Guest {
         let counters = self.device.counters()?;
         assert_balanced(&counters);
         Ok(counters)
+    }
+
+    /// Fails unless `set` holds what was written to it.
+    ///
+    /// # Panics
+    /// If it does not.
+    #[track_caller]
+    pub fn assert_intact(&self, set: &WorkingSet) {
+        let damaged = set.damaged(&self.ram);
+        assert!(damaged.is_empty(), "damaged pages: {damaged:x?}");
+    }
+
+    /// Fails unless the device needs a reset, or does so soon, and has said so (S4).
+    ///
+    /// # Panics
+    /// If it does not.
+    #[track_caller]
+    pub fn assert_needs_reset(&self) {
+        let told = self.config_event.wait(Duration::from_secs(10));
+        assert!(told, "no configuration change interrupt");
+        let state = self.device.state();
+        assert!(matches!(state, Ok(State::NeedsReset)), "{state:?}");
     }
 
     /// The books once nothing is pending any more.
@@ -436,4 +477,3 @@ fn lowest(config: &GuestConfig) -> u64 {
     let starts = config.regions.iter().map(|region| region.gpa);
     starts.min().unwrap_or(0)
 }
-

@@ -9,6 +9,7 @@
 #![allow(unsafe_code, reason = "maps guest memory")]
 
 use super::error::{Result, VmmError};
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
@@ -54,11 +55,11 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len_bytes` of zeros.
+    /// Maps `len_bytes` of zeros; `name` is that of the memfd, if there is one.
     ///
     /// # Errors
     /// The host has not got the memory, or no huge pages for [`Backing::Hugetlb`].
-    pub fn new(backing: Backing, len_bytes: u64) -> Result<Self> {
+    pub fn new(name: &str, backing: Backing, len_bytes: u64) -> Result<Self> {
         let len = usize::try_from(len_bytes).map_err(|_| VmmError::NoMemory("the mapping"))?;
         let reserved = len.next_multiple_of(ALIGN) + 2 * ALIGN;
         // SAFETY: a new mapping at an address of the kernel's choice affects nothing else.
@@ -91,11 +92,12 @@ impl Mapping {
             }
             Backing::SharedAnonymous => (libc::MAP_SHARED | libc::MAP_ANONYMOUS, 0),
             Backing::Memfd { offset_bytes } => {
-                mapping.file = Some(memfd(0, offset_bytes + len_bytes)?);
+                mapping.file = Some(memfd(name, 0, offset_bytes + len_bytes)?);
                 (libc::MAP_SHARED, offset_bytes)
             }
             Backing::Hugetlb => {
-                mapping.file = Some(memfd(libc::MFD_HUGETLB | libc::MFD_HUGE_2MB, len_bytes)?);
+                let huge = libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+                mapping.file = Some(memfd(name, huge, len_bytes)?);
                 (libc::MAP_SHARED, 0)
             }
         };
@@ -201,9 +203,10 @@ impl Drop for Mapping {
     }
 }
 
-fn memfd(flags: libc::c_uint, len_bytes: u64) -> Result<File> {
+fn memfd(name: &str, flags: libc::c_uint, len_bytes: u64) -> Result<File> {
+    let name = CString::new(name).unwrap_or_default();
     // SAFETY: the name is a C string, and the call takes no other pointer.
-    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC | flags) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | flags) };
     if fd < 0 {
         return Err(VmmError::last_os("cannot make a memfd"));
     }

@@ -60,16 +60,18 @@ struct Region {
 /// of the regions that stay.
 #[derive(Clone, Debug)]
 pub struct GuestRam {
+    name: &'static str,
     regions: Vec<Region>,
 }
 
 impl GuestRam {
-    /// Maps all regions.
+    /// Maps all regions; memfds are called `name`.
     ///
     /// # Errors
     /// The host has not got the memory.
-    pub fn new(specs: &[RegionSpec]) -> Result<Self> {
+    pub fn new(name: &'static str, specs: &[RegionSpec]) -> Result<Self> {
         let mut ram = Self {
+            name,
             regions: Vec::new(),
         };
         for spec in specs {
@@ -84,10 +86,11 @@ impl GuestRam {
     /// The host has not got the memory.
     pub fn with(&self, spec: RegionSpec) -> Result<Self> {
         let mut regions = self.regions.clone();
-        let mapping = Arc::new(Mapping::new(spec.backing, spec.len_bytes)?);
+        let mapping = Arc::new(Mapping::new(self.name, spec.backing, spec.len_bytes)?);
         regions.push(Region { spec, mapping });
         regions.sort_by_key(|region| region.spec.gpa);
-        Ok(Self { regions })
+        let name = self.name;
+        Ok(Self { name, regions })
     }
 
     /// The same memory without the region at `gpa`.
@@ -95,7 +98,8 @@ impl GuestRam {
     pub fn without(&self, gpa: u64) -> Self {
         let mut regions = self.regions.clone();
         regions.retain(|region| region.spec.gpa != gpa);
-        Self { regions }
+        let name = self.name;
+        Self { name, regions }
     }
 
     /// What was asked for, in ascending order of guest address.

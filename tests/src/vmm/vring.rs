@@ -17,7 +17,6 @@ pub const DESC_F_NEXT: u16 = 1;
 pub const DESC_F_WRITE: u16 = 2;
 /// The buffer is a table of descriptors.
 pub const DESC_F_INDIRECT: u16 = 4;
-const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
 
 /// Where a queue lies in guest memory.
@@ -194,7 +193,15 @@ impl Vring {
                 write_descriptor(ram, table, index, piece, next);
             }
             let len = u32::try_from(DESC_BYTES * pieces.len() as u64).unwrap_or(0);
-            put_descriptor(ram, self.placement.desc, head, table, len, DESC_F_INDIRECT, 0);
+            put_descriptor(
+                ram,
+                self.placement.desc,
+                head,
+                table,
+                len,
+                DESC_F_INDIRECT,
+                0,
+            );
         } else {
             for (position, piece) in pieces.iter().enumerate() {
                 let index = taken.get(position).copied().unwrap_or_default();
@@ -247,19 +254,18 @@ impl Vring {
         assert!(position.is_some(), "head {head} is not with the device");
         let (head, descriptors) = self.outstanding.swap_remove(position?);
         self.free.extend(descriptors);
+        self.ask_for_interrupt(ram);
         Some(Used { head, written })
     }
 
-    /// Waits for a buffer by interrupt (virtqueue_enable_cb, then sleeping).
+    /// Waits for a buffer by interrupt.
     ///
     /// # Errors
     /// None came back in time.
     pub fn wait_used(&mut self, ram: &GuestRam, timeout: Duration) -> Result<Used> {
         let deadline = Instant::now() + timeout;
         loop {
-            self.enable_interrupts(ram);
             if let Some(used) = self.take_used(ram) {
-                self.disable_interrupts(ram);
                 return Ok(used);
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -272,19 +278,13 @@ impl Vring {
         }
     }
 
-    fn enable_interrupts(&self, ram: &GuestRam) {
+    /// Asks to be told of the next buffer: with EVENT_IDX for each anew, as virtqueue_get_buf()
+    /// does; the flag is never set.
+    fn ask_for_interrupt(&self, ram: &GuestRam) {
         if self.event_idx {
             ram.store_u16(self.placement.used_event(), self.next_used);
-        } else {
-            ram.store_u16(self.placement.avail, 0);
         }
         fence(Ordering::SeqCst);
-    }
-
-    fn disable_interrupts(&self, ram: &GuestRam) {
-        if !self.event_idx {
-            ram.store_u16(self.placement.avail, AVAIL_F_NO_INTERRUPT);
-        }
     }
 
     /// Offers a buffer, kicks, and waits until it comes back.

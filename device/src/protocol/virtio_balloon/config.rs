@@ -10,6 +10,7 @@ pub(crate) const CONFIG_BYTES: usize = 16;
 
 const NUM_PAGES: usize = 0;
 const ACTUAL: usize = 4;
+const HINT_CMD_ID: usize = 8;
 const POISON_VAL: usize = 12;
 
 /// The fields as host values.
@@ -17,6 +18,7 @@ const POISON_VAL: usize = 12;
 pub(crate) struct ConfigSpace {
     num_pages: AtomicU32,
     actual: AtomicU32,
+    hint_cmd_id: AtomicU32,
     poison_val: AtomicU32,
 }
 
@@ -42,6 +44,10 @@ impl ConfigSpace {
         self.actual.load(Ordering::Acquire)
     }
 
+    pub(crate) fn set_hint_cmd_id(&self, id: u32) {
+        self.hint_cmd_id.store(id, Ordering::Release);
+    }
+
     pub(crate) fn poison_val(&self) -> u32 {
         self.poison_val.load(Ordering::Acquire)
     }
@@ -57,6 +63,7 @@ impl ConfigSpace {
         let fields = [
             (NUM_PAGES, self.num_pages()),
             (ACTUAL, self.actual()),
+            (HINT_CMD_ID, self.hint_cmd_id.load(Ordering::Acquire)),
             (POISON_VAL, self.poison_val()),
         ];
         for (offset, value) in fields {
@@ -117,8 +124,13 @@ impl ConfigSpace {
                 written.refused = true;
             }
         }
-        let (old, hint) = (self.num_pages(), 8);
-        written.refused |= overlay(NUM_PAGES, old) != old || overlay(hint, 0) != 0;
+        for (at, own) in [
+            (NUM_PAGES, &self.num_pages),
+            (HINT_CMD_ID, &self.hint_cmd_id),
+        ] {
+            let old = own.load(Ordering::Acquire);
+            written.refused |= overlay(at, old) != old;
+        }
         written
     }
 }

@@ -1,10 +1,13 @@
 //! The traditional memory balloon, device ID 5 (virtio 1.x, section 5.5; requirements S).
 
 mod config;
+mod hints;
 mod queues;
 mod stats;
 
 pub(crate) use config::{CONFIG_BYTES, ConfigSpace};
+pub use hints::HintState;
+pub(crate) use hints::{HintBoard, MAX_ROUND};
 pub(crate) use queues::{QUEUES, Role, role_of};
 pub(crate) use stats::StatsBoard;
 
@@ -16,6 +19,7 @@ use crate::ring::RingError;
 use crate::ring::chain::{Chain, Segment};
 use crate::ring::source::Source;
 use crate::runtime::Scratch;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 bitflags::bitflags! {
     /// The feature bits that this device knows (5.5.3, 6).
@@ -27,6 +31,8 @@ bitflags::bitflags! {
         const STATS_VQ = 1 << 1;
         /// The driver may take pages back when the guest runs out of memory.
         const DEFLATE_ON_OOM = 1 << 2;
+        /// The driver says which pages are free when it is asked.
+        const FREE_PAGE_HINT = 1 << 3;
         /// The driver says what it fills free pages with.
         const PAGE_POISON = 1 << 4;
         /// The driver reports free pages.
@@ -50,7 +56,8 @@ impl Features {
     pub(crate) const DEFAULT: Self = Self::all()
         .difference(Self::DEFLATE_ON_OOM)
         .difference(Self::RING_PACKED)
-        .difference(Self::IN_ORDER);
+        .difference(Self::IN_ORDER)
+        .difference(Self::FREE_PAGE_HINT);
 }
 
 /// The most PFNs a chain may carry: 128 MiB of memory; stock drivers send 256 to 1024. More is taken
@@ -73,6 +80,9 @@ pub(crate) struct Turn<'a> {
     pub(crate) scratch: &'a mut Scratch,
     pub(crate) books: &'a Books,
     pub(crate) stats: &'a StatsBoard,
+    pub(crate) hints: &'a HintBoard,
+    /// The balloon's size, for those who must not wait for its lock.
+    pub(crate) ballooned_bytes: &'a AtomicU64,
     /// PAGE_POISON was negotiated with a value other than zero (S10).
     pub(crate) poisoned: bool,
 }
@@ -125,6 +135,7 @@ pub(crate) fn serve_pages(
             chains: |counters| &mut counters.report_chains,
         },
         Role::Stats => return stats::serve(source, turn),
+        Role::Hints => return hints::serve(source, turn),
     };
     for _ in 0..MAX_ROUNDS_PER_TURN {
         source.suppress_kicks();
@@ -182,7 +193,9 @@ fn serve_batch(
     for &(token, written) in &turn.scratch.done {
         source.complete(token, written);
     }
-    // The books are right before the guest, or anyone it tells, can look at them.
+    // Size and books are right before the guest, or anyone it tells, can look at them.
+    turn.ballooned_bytes
+        .store(turn.balloon.ballooned_bytes(), Ordering::Release);
     turn.books.enter(|entry| {
         let device = entry.device();
         bump((handler.chains)(device), turn.scratch.done.len() as u64);
@@ -212,8 +225,14 @@ fn read_pfns(chain: &Chain, memory: &GuestMemory, pages: &mut Vec<Pfn>) -> bool 
 
 /// Appends the reported ranges (5.5.6.7): they are the chain's writable buffers themselves.
 fn read_reports(chain: &Chain, memory: &GuestMemory, ranges: &mut Vec<PfnRange>) -> bool {
-    let mut understood = chain.readable.is_empty() && !chain.writable.is_empty();
-    for segment in &chain.writable {
+    let directions = chain.readable.is_empty() && !chain.writable.is_empty();
+    read_reports_of(&chain.writable, memory, ranges) && directions
+}
+
+/// Appends the pages that `buffers` are.
+fn read_reports_of(buffers: &[Segment], memory: &GuestMemory, ranges: &mut Vec<PfnRange>) -> bool {
+    let mut understood = true;
+    for segment in buffers {
         let mut parts = [None; 2];
         match segment {
             Segment::Guest { gpa, len } => parts[0] = Some((*gpa, u64::from(*len))),

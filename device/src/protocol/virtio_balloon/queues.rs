@@ -12,16 +12,18 @@ pub(crate) enum Role {
     Inflate,
     Deflate,
     Stats,
+    Hints,
     Reporting,
 }
 
-/// How many queues the fixed numbering has; index 3 (free page hints) is not served.
+/// How many queues the fixed numbering has.
 pub(crate) const QUEUES: u16 = 5;
 
 /// The role of queue `index`, given what was negotiated and which queues (a bit each) are started.
 pub(crate) fn role_of(index: u16, features: Features, started: u32) -> Option<Role> {
     let optional = [
         (2, Features::STATS_VQ, Role::Stats),
+        (3, Features::FREE_PAGE_HINT, Role::Hints),
         (4, Features::PAGE_REPORTING, Role::Reporting),
     ];
     let present = || {
@@ -75,6 +77,16 @@ mod tests {
         );
         assert_eq!(role_of(3, STATS | REPORTING, 0b1_1111), None);
         assert_eq!(role_of(2, REPORTING, 0b1_0111), None);
+    }
+
+    #[test]
+    fn hints_come_before_reporting_and_a_gap_gives_the_fixed_numbers_away() {
+        let both = Features::FREE_PAGE_HINT | REPORTING;
+        assert_eq!(role_of(2, both, 0b1111), Some(Role::Hints));
+        assert_eq!(role_of(3, both, 0b1111), Some(Role::Reporting));
+        assert_eq!(role_of(3, both, 0b0_1011), Some(Role::Hints));
+        assert_eq!(role_of(4, both, 0b1_1011), Some(Role::Reporting));
+        assert_eq!(role_of(4, both | STATS, 0b1_1111), Some(Role::Reporting));
     }
 
     #[test]

@@ -24,6 +24,14 @@ pub(crate) struct StatsBoard {
     held: Mutex<Option<u64>>,
     latest: Mutex<GuestStats>,
     news: Condvar,
+    polling: Mutex<Polling>,
+}
+
+/// Asking without being asked to.
+#[derive(Debug, Default)]
+struct Polling {
+    interval: Option<Duration>,
+    next: Option<Instant>,
 }
 
 impl StatsBoard {
@@ -47,6 +55,30 @@ impl StatsBoard {
             }
         }
         Some(*latest)
+    }
+
+    /// Asks the guest every `interval` from now on, or no longer.
+    pub(crate) fn poll_every(&self, interval: Option<Duration>) {
+        let next = interval.and_then(|interval| Instant::now().checked_add(interval));
+        *self.polling.lock() = Polling { interval, next };
+    }
+
+    /// When the guest is to be asked next.
+    pub(crate) fn next_poll(&self) -> Option<Instant> {
+        self.polling.lock().next
+    }
+
+    /// Whether it is time to ask; the next time is one interval later.
+    pub(crate) fn poll_is_due(&self) -> bool {
+        let now = Instant::now();
+        let mut polling = self.polling.lock();
+        let due = polling.next.is_some_and(|next| now >= next);
+        if due {
+            polling.next = polling
+                .interval
+                .and_then(|interval| now.checked_add(interval));
+        }
+        due
     }
 
     fn post(&self, values: [Option<u64>; STATS_TAGS]) {

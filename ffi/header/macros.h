@@ -1,4 +1,3 @@
-
 /** The version of this header, to compare with aerostat_version(). */
 #define AEROSTAT_VERSION                                                                           \
     (((uint32_t)AEROSTAT_VERSION_MAJOR << 16) | ((uint32_t)AEROSTAT_VERSION_MINOR << 8) |           \
@@ -38,4 +37,23 @@
 #define AEROSTAT_BALLOON_INIT                                                                      \
     {                                                                                              \
         sizeof(struct aerostat_balloon), 0, 0, 0, 0, 0, { 0 }                                      \
+    }
+
+/** Initializes a struct aerostat_guest_stats that is to be filled. */
+#define AEROSTAT_GUEST_STATS_INIT                                                                  \
+    {                                                                                              \
+        sizeof(struct aerostat_guest_stats), 0, { 0 }, 0, 0, { 0 }                                 \
+    }
+
+/** Initializes a struct aerostat_flow. */
+#define AEROSTAT_FLOW_INIT                                                                         \
+    {                                                                                              \
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                  \
+    }
+
+/** Initializes a struct aerostat_counters that is to be filled. */
+#define AEROSTAT_COUNTERS_INIT                                                                     \
+    {                                                                                              \
+        sizeof(struct aerostat_counters), 0, AEROSTAT_FLOW_INIT, AEROSTAT_FLOW_INIT, 0, 0, 0, 0,   \
+            0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                       \
     }
