@@ -25,7 +25,10 @@ fn guest(change: impl Fn(&mut Region)) -> Guest {
     let file = tempfile::tempfile_in("/dev/shm").unwrap();
     file.set_len(BYTES).unwrap();
     // Mapped two MiB longer than needed, to find a place that suits a huge frame.
-    let map = MmapOptions::new().len((BYTES + (2 << 20)) as usize).map_raw(&file).unwrap();
+    let map = MmapOptions::new()
+        .len((BYTES + (2 << 20)) as usize)
+        .map_raw(&file)
+        .unwrap();
     for offset in (0..BYTES as usize).step_by(4096) {
         // SAFETY: inside the file's part of the mapping; nothing else refers to it.
         unsafe { map.as_mut_ptr().add(offset).write_volatile(1) };
@@ -44,7 +47,12 @@ fn guest(change: impl Fn(&mut Region)) -> Guest {
     // SAFETY: the mapping lives in the guest, beside the balloon.
     let memory = unsafe { GuestMemory::new(vec![region]) }.unwrap();
     let discarder = Discarder::inline(Arc::new(Capabilities::probe().unwrap()));
-    Guest { balloon: Balloon::new(memory, discarder), books: Books::new(1), file, _map: map }
+    Guest {
+        balloon: Balloon::new(memory, discarder),
+        books: Books::new(1),
+        file,
+        _map: map,
+    }
 }
 
 fn huge(region: &mut Region) {
@@ -68,7 +76,10 @@ impl Guest {
 
     fn flow(&self) -> Flow {
         let total = self.books.total();
-        assert!(total.balloon.balances() && total.report.balances(), "{total:?}");
+        assert!(
+            total.balloon.balances() && total.report.balances(),
+            "{total:?}"
+        );
         assert_eq!(total.balloon.pending_bytes, 0);
         total.balloon
     }
@@ -96,21 +107,36 @@ fn each_reason_has_its_counter() {
     assert_eq!(flow.requested_bytes, 2248 * 4096);
     assert_eq!(flow.skipped_out_of_range_bytes, 200 * 4096);
     assert_eq!(flow.discarded_bytes, 2048 * 4096);
-    assert_eq!(guest.give(&[range(600, 10)]).skipped_duplicate_bytes, 10 * 4096);
+    assert_eq!(
+        guest.give(&[range(600, 10)]).skipped_duplicate_bytes,
+        10 * 4096
+    );
     guest.take(&[range(600, 10), range(600 + (1 << 40), 7)]);
     let total = guest.books.total();
-    assert_eq!((total.returned_bytes, total.rejected_take_bytes), (10 * 4096, 7 * 4096));
+    assert_eq!(
+        (total.returned_bytes, total.rejected_take_bytes),
+        (10 * 4096, 7 * 4096)
+    );
     guest.balloon.set_inhibited(true);
-    assert_eq!(guest.give(&[range(600, 10)]).skipped_inhibited_bytes, 10 * 4096);
+    assert_eq!(
+        guest.give(&[range(600, 10)]).skipped_inhibited_bytes,
+        10 * 4096
+    );
 }
 
 #[test]
 fn pinned_and_readonly_regions_are_left_alone() {
     let mut pinned = guest(|region| region.pinned = true);
     assert_eq!(pinned.give(&[range(512, 8)]).skipped_pinned_bytes, 8 * 4096);
-    assert_eq!((pinned.host_pages(), pinned.balloon.ballooned_bytes()), (2048, 8 * 4096));
+    assert_eq!(
+        (pinned.host_pages(), pinned.balloon.ballooned_bytes()),
+        (2048, 8 * 4096)
+    );
     let mut rom = guest(|region| region.readonly = true);
-    assert_eq!(rom.give(&[range(512, 8)]).skipped_out_of_range_bytes, 8 * 4096);
+    assert_eq!(
+        rom.give(&[range(512, 8)]).skipped_out_of_range_bytes,
+        8 * 4096
+    );
     assert_eq!((rom.host_pages(), rom.balloon.ballooned_bytes()), (2048, 0));
 }
 
@@ -122,7 +148,10 @@ fn failed_calls_are_not_counted_as_freed() {
         region.hva = 0x1000;
     });
     let flow = guest.give(&[range(512, 8), range(600, 8)]);
-    assert_eq!((flow.skipped_failed_bytes, flow.discarded_bytes), (16 * 4096, 0));
+    assert_eq!(
+        (flow.skipped_failed_bytes, flow.discarded_bytes),
+        (16 * 4096, 0)
+    );
 }
 
 #[test]
@@ -149,18 +178,25 @@ fn taking_from_a_frame_reopens_or_withdraws() {
     assert_eq!(flow.withdrawn_bytes, 4 * 4096);
     assert_eq!(flow.held_bytes, (510 + 6) * 4096);
     let flow = guest.give(&[range(600, 2)]);
-    assert_eq!((flow.discarded_bytes, flow.held_bytes), (1024 * 4096, 6 * 4096));
+    assert_eq!(
+        (flow.discarded_bytes, flow.held_bytes),
+        (1024 * 4096, 6 * 4096)
+    );
 }
 
 #[test]
 fn reports_free_whole_frames_only_and_leave_ownership_alone() {
     let mut guest = guest(huge);
-    guest.balloon.report(&[range(500, 600)], 0, false, &guest.books);
+    guest
+        .balloon
+        .report(&[range(500, 600)], 0, false, &guest.books);
     let report = guest.books.total().report;
     assert_eq!(report.discarded_bytes, 512 * 4096);
     assert_eq!(report.skipped_out_of_range_bytes, 12 * 4096);
     assert_eq!(report.skipped_partial_bytes, 76 * 4096);
-    guest.balloon.report(&[range(1024, 512)], 3, true, &guest.books);
+    guest
+        .balloon
+        .report(&[range(1024, 512)], 3, true, &guest.books);
     assert_eq!(guest.books.total().report.discarded_bytes, 512 * 4096);
     assert_eq!(guest.balloon.ballooned_bytes(), 0);
     guest.flow();
@@ -172,12 +208,20 @@ fn a_new_table_keeps_what_it_still_has() {
     guest.give(&[range(512, 600)]);
     let old = guest.balloon.memory().regions()[0].clone();
     // SAFETY: half of what was mapped before.
-    let half = unsafe { GuestMemory::new(vec![Region { len_bytes: 2 << 20, ..old.clone() }]) };
+    let half = unsafe {
+        GuestMemory::new(vec![Region {
+            len_bytes: 2 << 20,
+            ..old.clone()
+        }])
+    };
     guest.balloon.set_memory(half.unwrap(), &guest.books);
     assert_eq!(guest.balloon.ballooned_bytes(), 512 * 4096);
     assert_eq!(guest.flow().withdrawn_bytes, 88 * 4096);
     guest.balloon.reset(&guest.books);
-    assert_eq!((guest.balloon.ballooned_bytes(), guest.flow().held_bytes), (0, 0));
+    assert_eq!(
+        (guest.balloon.ballooned_bytes(), guest.flow().held_bytes),
+        (0, 0)
+    );
 }
 
 proptest! {

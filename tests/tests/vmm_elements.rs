@@ -99,7 +99,11 @@ fn each_element_is_completed_once_and_told_of() -> Result<()> {
     let mut completed = 0;
     while completed < 100 {
         let completions = queues.collect_within(PATIENCE)?;
-        assert!(completions.iter().all(|done| done.flags == 0 && done.written_bytes == 0));
+        assert!(
+            completions
+                .iter()
+                .all(|done| done.flags == 0 && done.written_bytes == 0)
+        );
         completed += completions.len();
     }
     assert_eq!((completed, queues.submitted()), (100, 0));
@@ -149,7 +153,10 @@ fn reset_returns_every_element() -> Result<()> {
         let completions = queues.collect()?;
         assert_eq!((completions.len(), queues.submitted()), (61, 0));
         let is_unserved = |flags: u16| flags & AEROSTAT_COMPLETION_UNSERVED != 0;
-        let missed = completions.iter().filter(|done| is_unserved(done.flags)).count();
+        let missed = completions
+            .iter()
+            .filter(|done| is_unserved(done.flags))
+            .count();
         unserved += missed;
         let books = guest.books()?;
         assert_eq!(books.inflate_chains, 61 - missed as u64);

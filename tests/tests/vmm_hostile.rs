@@ -71,11 +71,26 @@ fn pfns_outside_in_holes_and_in_rom_are_acknowledged_and_counted() -> Result<()>
     let vmm = Vmm::new()?;
     let (guest, contents) = boot(&vmm)?;
     let mib = MIB / PAGE_BYTES;
-    let outside = [16 * mib, 32 * mib - 1, 41 * mib, 40 * mib, 41 * mib - 1, 1 << 31, 0xffff_ffff];
+    let outside = [
+        16 * mib,
+        32 * mib - 1,
+        41 * mib,
+        40 * mib,
+        41 * mib - 1,
+        1 << 31,
+        0xffff_ffff,
+    ];
     assert_eq!(tell(&guest, Role::Inflate, &outside)?, [0, 7, 0, 0]);
     assert_only(&guest, &contents, &[]);
     // Between good ones they do not keep those from being given.
-    let mixed = [16 * mib - 1, 16 * mib, 32 * mib - 1, 32 * mib, 40 * mib - 1, 40 * mib];
+    let mixed = [
+        16 * mib - 1,
+        16 * mib,
+        32 * mib - 1,
+        32 * mib,
+        40 * mib - 1,
+        40 * mib,
+    ];
     let good = [mixed[0], mixed[3], mixed[4]];
     assert_eq!(tell(&guest, Role::Inflate, &mixed)?, [3, 3, 0, 0]);
     assert_only(&guest, &contents, &good);
@@ -91,10 +106,16 @@ fn duplicates_are_counted_and_freed_once() -> Result<()> {
     let (guest, contents) = boot(&vmm)?;
     let page = contents.pfns()[10];
     assert_eq!(tell(&guest, Role::Inflate, &[page; 256])?, [1, 0, 255, 0]);
-    assert_eq!(tell(&guest, Role::Inflate, &[page, page + 1])?, [1, 0, 1, 0]);
+    assert_eq!(
+        tell(&guest, Role::Inflate, &[page, page + 1])?,
+        [1, 0, 1, 0]
+    );
     assert_eq!(guest.device().query()?.ballooned_bytes, 2 * PAGE_BYTES);
     assert_only(&guest, &contents, &[page, page + 1]);
-    assert_eq!(tell(&guest, Role::Deflate, &[page, page, page + 1])?, [0, 0, 0, 1]);
+    assert_eq!(
+        tell(&guest, Role::Deflate, &[page, page, page + 1])?,
+        [0, 0, 0, 1]
+    );
     assert_eq!(guest.device().query()?.ballooned_bytes, 0);
     Ok(())
 }
@@ -132,7 +153,10 @@ fn a_guest_may_give_away_its_own_rings_and_the_list_it_gives() -> Result<()> {
     // and indices are zeros then: whatever follows, nothing else is touched.
     let mut hostile = Hostile::new(&guest, Role::Inflate)?;
     let own: Vec<u64> = (0..list / PAGE_BYTES).collect();
-    let bytes: Vec<u8> = own.iter().flat_map(|pfn| (*pfn as u32).to_le_bytes()).collect();
+    let bytes: Vec<u8> = own
+        .iter()
+        .flat_map(|pfn| (*pfn as u32).to_le_bytes())
+        .collect();
     let at = first * PAGE_BYTES;
     hostile.write(at, &bytes);
     let raw = Raw {
@@ -189,13 +213,17 @@ const BREAKS: &[Break] = &[
         let next = h.placement().size;
         one(h, raw(table(), 4, DESC_F_NEXT, next));
     }),
-    ("a chain leads to itself", |h| one(h, raw(table(), 4, DESC_F_NEXT, 0))),
+    ("a chain leads to itself", |h| {
+        one(h, raw(table(), 4, DESC_F_NEXT, 0))
+    }),
     ("a chain is a circle", |h| {
         h.descriptor(1, raw(table(), 4, DESC_F_NEXT, 2));
         h.descriptor(2, raw(table(), 4, DESC_F_NEXT, 0));
         one(h, raw(table(), 4, DESC_F_NEXT, 1));
     }),
-    ("an indirect table is empty", |h| one(h, raw(table(), 0, DESC_F_INDIRECT, 0))),
+    ("an indirect table is empty", |h| {
+        one(h, raw(table(), 0, DESC_F_INDIRECT, 0))
+    }),
     ("an indirect table is no multiple of 16", |h| {
         one(h, raw(table(), 40, DESC_F_INDIRECT, 0));
     }),
@@ -206,7 +234,9 @@ const BREAKS: &[Break] = &[
     ("an indirect descriptor has a next one", |h| {
         one(h, raw(table(), 16, DESC_F_INDIRECT | DESC_F_NEXT, 1));
     }),
-    ("an indirect table is in a hole", |h| one(h, raw(20 * MIB, 16, DESC_F_INDIRECT, 0))),
+    ("an indirect table is in a hole", |h| {
+        one(h, raw(20 * MIB, 16, DESC_F_INDIRECT, 0))
+    }),
     ("an indirect table leaves memory", |h| {
         h.descriptor_at(16 * MIB - 16, 0, raw(table(), 4, DESC_F_NEXT, 1));
         one(h, raw(16 * MIB - 16, 32, DESC_F_INDIRECT, 0));
@@ -248,7 +278,10 @@ fn every_broken_ring_needs_a_reset_and_touches_nothing() -> Result<()> {
             assert_eq!(hostile.used_index(), 0, "{what}: nothing is used");
             let own = queue_pages(&hostile.placement());
             let changed = guest.ram().changed_since(&before);
-            assert!(changed.iter().all(|pfn| own.contains(pfn)), "{what}: {changed:x?}");
+            assert!(
+                changed.iter().all(|pfn| own.contains(pfn)),
+                "{what}: {changed:x?}"
+            );
             guest.restart_driver()?;
             guest.balloon_to(MIB)?;
         }
@@ -304,8 +337,12 @@ const NONSENSE: &[Nonsense] = &[
         h.write(16 * MIB - 4, &0xf00u32.to_le_bytes());
         one(h, raw(16 * MIB - 4, 8, 0, 0));
     }),
-    ("a list that overflows", 0, |h| one(h, raw(u64::MAX - 3, 8, 0, 0))),
-    ("a writable list", 0, |h| one(h, raw(table(), 4, DESC_F_WRITE, 0))),
+    ("a list that overflows", 0, |h| {
+        one(h, raw(u64::MAX - 3, 8, 0, 0))
+    }),
+    ("a writable list", 0, |h| {
+        one(h, raw(table(), 4, DESC_F_WRITE, 0))
+    }),
     ("a list and something writable", 1, |h| {
         h.descriptor(1, raw(table() + 64, 64, DESC_F_WRITE, 0));
         one(h, raw(table(), 4, DESC_F_NEXT, 1));
@@ -314,7 +351,9 @@ const NONSENSE: &[Nonsense] = &[
         h.descriptor(1, raw(table(), 4, 0, 0));
         one(h, raw(table() + 64, 4, DESC_F_NEXT | DESC_F_WRITE, 1));
     }),
-    ("more than 2^18 PFNs", 0, |h| one(h, raw(0, (4 << 18) + 4, 0, 0))),
+    ("more than 2^18 PFNs", 0, |h| {
+        one(h, raw(0, (4 << 18) + 4, 0, 0))
+    }),
     ("more than 4 GiB", 0, |h| {
         h.descriptor(1, raw(table(), u32::MAX, 0, 0));
         one(h, raw(table(), u32::MAX, DESC_F_NEXT, 1));
@@ -358,7 +397,10 @@ fn odd_arrangements_that_are_allowed_work() -> Result<()> {
     let mut hostile = Hostile::new(&guest, Role::Inflate)?;
     let pages: Vec<u64> = contents.pfns()[100..108].to_vec();
     let list = table() + MIB;
-    let bytes: Vec<u8> = pages.iter().flat_map(|pfn| (*pfn as u32).to_le_bytes()).collect();
+    let bytes: Vec<u8> = pages
+        .iter()
+        .flat_map(|pfn| (*pfn as u32).to_le_bytes())
+        .collect();
     hostile.write(list, &bytes);
     // 3 bytes, then nothing, then 10 more (PFNs straddle descriptors), then a table with the rest.
     hostile.descriptor(5, raw(list, 3, DESC_F_NEXT, 9));
@@ -396,7 +438,10 @@ fn tables_and_lists_may_straddle_regions() -> Result<()> {
     one(&mut hostile, raw(list, 8, 0, 0));
     hostile.kick();
     hostile.wait_used(PATIENCE)?;
-    assert_eq!(guest.settled_books()?.balloon.discarded_bytes, 2 * PAGE_BYTES);
+    assert_eq!(
+        guest.settled_books()?.balloon.discarded_bytes,
+        2 * PAGE_BYTES
+    );
 
     let mut descriptor = Vec::new();
     descriptor.extend(list.to_le_bytes());
@@ -503,7 +548,10 @@ fn spurious_kicks_do_nothing() -> Result<()> {
     }
     std::thread::sleep(Duration::from_millis(20));
     let books = guest.books()?;
-    assert_eq!(books.inflate_chains + books.deflate_chains + books.report_chains, 0);
+    assert_eq!(
+        books.inflate_chains + books.deflate_chains + books.report_chains,
+        0
+    );
     assert_only(&guest, &contents, &[]);
     Ok(())
 }

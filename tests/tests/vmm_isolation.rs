@@ -26,7 +26,11 @@ fn guests(vmm: &Vmm, count: usize) -> Result<Vec<Guest>> {
 fn many_guests_inflate_and_deflate_at_once() -> Result<()> {
     let vmm = Vmm::new()?;
     let mut guests = guests(&vmm, 9)?;
-    let sets: Result<Vec<_>> = guests.iter().zip(0..).map(|(g, s)| g.fill_memory(500, s)).collect();
+    let sets: Result<Vec<_>> = guests
+        .iter()
+        .zip(0..)
+        .map(|(g, s)| g.fill_memory(500, s))
+        .collect();
     let sets = sets?;
     for guest in &mut guests {
         guest.start_following()?;
@@ -100,7 +104,10 @@ fn a_flood_of_kicks_keeps_nobody_from_finishing() -> Result<()> {
     let mut guests = guests(&vmm, 2)?;
     let flooder = vmm.boot(&GuestConfig::new(Backing::Anonymous, 16))?;
     let roles = [Role::Inflate, Role::Deflate, Role::Stats, Role::Reporting];
-    let hostiles: Result<Vec<_>> = roles.iter().map(|role| Hostile::new(&flooder, *role)).collect();
+    let hostiles: Result<Vec<_>> = roles
+        .iter()
+        .map(|role| Hostile::new(&flooder, *role))
+        .collect();
     let hostiles = hostiles?;
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {

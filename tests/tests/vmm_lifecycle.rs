@@ -38,13 +38,16 @@ fn acknowledged(guest: &Guest, role: Role) -> Result<bool> {
 fn wait_acknowledged(guest: &Guest, role: Role) -> Result<()> {
     let mut driver = guest.driver();
     let queue = driver.queue(role)?;
-    queue.wait_used(guest.ram(), Duration::from_secs(10)).map(drop)
+    queue
+        .wait_used(guest.ram(), Duration::from_secs(10))
+        .map(drop)
 }
 
 /// S2: "No buffer is consumed and no notification sent before DRIVER_OK"; then every queue is
 /// looked at, kicked or not.
 #[test]
-fn a_kick_before_driver_ok_consumes_nothing_and_driver_ok_finds_what_was_not_kicked() -> Result<()> {
+fn a_kick_before_driver_ok_consumes_nothing_and_driver_ok_finds_what_was_not_kicked() -> Result<()>
+{
     let vmm = Vmm::new()?;
     let mut guest = vmm.assemble(&GuestConfig::new(MEMFD, 16))?;
     let features = guest.negotiate()?;
@@ -61,7 +64,10 @@ fn a_kick_before_driver_ok_consumes_nothing_and_driver_ok_finds_what_was_not_kic
     guest.driver().queue(Role::Inflate)?.kick.take();
     guest.device().activate()?;
     wait_acknowledged(&guest, Role::Inflate)?;
-    assert_eq!(guest.settled_books()?.balloon.discarded_bytes, 100 * PAGE_BYTES);
+    assert_eq!(
+        guest.settled_books()?.balloon.discarded_bytes,
+        100 * PAGE_BYTES
+    );
     Ok(())
 }
 
@@ -72,8 +78,14 @@ fn features_are_negotiated_within_what_is_offered() -> Result<()> {
     let vmm = Vmm::new()?;
     let guest = vmm.assemble(&GuestConfig::new(Backing::Anonymous, 8))?;
     let offered = guest.device().offered_features()?;
-    assert_errno(guest.device().set_features(offered | 1 << 60), libc::ENOTSUP);
-    for bit in (0..64).map(|bit| 1u64 << bit).filter(|bit| offered & bit != 0) {
+    assert_errno(
+        guest.device().set_features(offered | 1 << 60),
+        libc::ENOTSUP,
+    );
+    for bit in (0..64)
+        .map(|bit| 1u64 << bit)
+        .filter(|bit| offered & bit != 0)
+    {
         guest.device().set_features(offered & !bit)?;
         guest.device().set_features(bit)?;
     }
@@ -206,7 +218,10 @@ fn inhibition_keeps_memory_and_tells_of_what_was_skipped() -> Result<()> {
     assert!(guest.ram().allocated_bytes()? >= memory);
     assert_eq!(books.balloon.discarded_bytes, first);
     assert_eq!(books.report.discarded_bytes, 0);
-    assert_eq!(books.report.skipped_inhibited_bytes, books.report.requested_bytes);
+    assert_eq!(
+        books.report.skipped_inhibited_bytes,
+        books.report.requested_bytes
+    );
     let skipped = books.balloon.skipped_inhibited_bytes;
     assert_eq!(skipped + first + books.balloon.skipped_duplicate_bytes, {
         books.balloon.requested_bytes
@@ -277,10 +292,17 @@ fn memory_comes_and_goes_while_ballooned() -> Result<()> {
     guest.change_memory(None, Some(256 * MIB))?;
     let balloon = guest.device().query()?;
     assert_eq!(balloon.memory_bytes, 32 * MIB);
-    assert_eq!(balloon.ballooned_bytes, 4 * MIB, "pages of memory that is gone are forgotten");
+    assert_eq!(
+        balloon.ballooned_bytes,
+        4 * MIB,
+        "pages of memory that is gone are forgotten"
+    );
     guest.books()?;
     // The old driver does not know that they are gone: taking them back is acknowledged.
-    assert_eq!(guest.driver().tell(Role::Deflate, &pages[..512])?.written, 0);
+    assert_eq!(
+        guest.driver().tell(Role::Deflate, &pages[..512])?.written,
+        0
+    );
     assert_eq!(guest.books()?.rejected_take_bytes, 2 * MIB);
 
     // What stayed is still known: giving it again is a duplicate, taking it is not.
@@ -311,7 +333,9 @@ fn memory_changes_under_load_lose_nothing() -> Result<()> {
     guest.start_following()?;
     let added = RegionSpec::new(256 * MIB, 4 * MIB, Backing::Anonymous);
     for round in 0..40 {
-        guest.device().set_target(if round % 2 == 0 { 48 * MIB } else { 0 })?;
+        guest
+            .device()
+            .set_target(if round % 2 == 0 { 48 * MIB } else { 0 })?;
         guest.change_memory(Some(added), None)?;
         guest.device().inhibit()?;
         guest.change_memory(None, Some(256 * MIB))?;
@@ -352,7 +376,10 @@ fn a_queue_that_is_stopped_goes_on_where_it_was() -> Result<()> {
     let sequence = guest.device().guest_stats(0)?.sequence;
     let error = guest.device().guest_stats(30).expect_err("nobody answers");
     assert!(matches!(error, VmmError::Call { .. }), "{error}");
-    assert!(guest.driver().answer_stats()?, "the buffer came back {sequence}");
+    assert!(
+        guest.driver().answer_stats()?,
+        "the buffer came back {sequence}"
+    );
     Ok(())
 }
 
@@ -377,7 +404,10 @@ fn calls_in_the_wrong_state_are_told_apart() -> Result<()> {
 fn guests_that_are_gone_leave_no_memory_behind() -> Result<()> {
     const NAME: &str = "guest-that-goes";
     let open = || {
-        let all = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+        let all = std::fs::read_dir("/proc/self/fd")
+            .into_iter()
+            .flatten()
+            .flatten();
         all.filter_map(|entry| std::fs::read_link(entry.path()).ok())
             .filter(|target| target.to_string_lossy().contains(NAME))
             .count()

@@ -237,9 +237,20 @@ impl Device {
         let table = Table::new(ram)?;
         let handle = table.handle.cast_const();
         let mut current = self.ram.lock();
-        call!(self.symbols, aerostat_device_set_memory(self.handle, handle))?;
+        call!(
+            self.symbols,
+            aerostat_device_set_memory(self.handle, handle)
+        )?;
         *current = Some(ram.clone());
         Ok(())
+    }
+
+    /// The memory that it was given last.
+    ///
+    /// # Errors
+    /// None was given.
+    pub fn ram(&self) -> Result<GuestRam> {
+        self.ram.lock().clone().ok_or(VmmError::Absent("memory"))
     }
 
     /// What may be selected.

@@ -14,8 +14,8 @@ use super::vring::{Placement, Vring};
 use super::working_set::WorkingSet;
 use super::{MIB, PAGE_BYTES};
 use aerostat::{
-    AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING,
-    AEROSTAT_FEATURE_STATS_VQ, AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
+    AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING, AEROSTAT_FEATURE_STATS_VQ,
+    AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
 };
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::Arc;
@@ -271,6 +271,8 @@ impl Guest {
     pub fn restart_driver(&mut self) -> Result<()> {
         self.pump = None;
         self.device.reset()?;
+        // What the old driver had out is of no interest to the new one.
+        while !self.device.completions()?.is_empty() {}
         self.start_driver()
     }
 
@@ -477,4 +479,3 @@ fn lowest(config: &GuestConfig) -> u64 {
     let starts = config.regions.iter().map(|region| region.gpa);
     starts.min().unwrap_or(0)
 }
-

@@ -193,7 +193,15 @@ impl Vring {
                 write_descriptor(ram, table, index, piece, next);
             }
             let len = u32::try_from(DESC_BYTES * pieces.len() as u64).unwrap_or(0);
-            put_descriptor(ram, self.placement.desc, head, table, len, DESC_F_INDIRECT, 0);
+            put_descriptor(
+                ram,
+                self.placement.desc,
+                head,
+                table,
+                len,
+                DESC_F_INDIRECT,
+                0,
+            );
         } else {
             for (position, piece) in pieces.iter().enumerate() {
                 let index = taken.get(position).copied().unwrap_or_default();
