@@ -3,6 +3,10 @@
 //!
 //! With huge pages on the host (hugetlb) the memory is real; without, a region of ordinary memory
 //! is declared to have pages of 2 MiB, which the library has to treat the same way.
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "page frame numbers and sizes of these guests are small"
+)]
 
 use aerostat_tests::vmm::allocator::Order;
 use aerostat_tests::vmm::mapping::{Backing, Mapping};

@@ -3,6 +3,10 @@
 //! (invariants I1, I2, I4).
 //!
 //! The seed is printed; `AEROSTAT_SEED` runs one again, `AEROSTAT_MODEL_SECONDS` runs longer.
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "page frame numbers and sizes of these guests are small"
+)]
 
 use aerostat_tests::vmm::allocator::mix;
 use aerostat_tests::vmm::driver::Role;
