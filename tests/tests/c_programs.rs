@@ -121,6 +121,7 @@ impl Examples {
             .arg(format!("-L{lib_dir}"))
             .arg(format!("-Wl,-rpath,{lib_dir}"))
             .args(libraries)
+            .arg("-pthread")
             .arg("-o")
             .arg(&program);
         succeed(&mut command);
@@ -151,6 +152,40 @@ fn succeed(command: &mut Command) -> Output {
 
 fn run_alone(program: &Path) {
     succeed(&mut Command::new(program));
+}
+
+/// Every macro that initialises a structure, in a file that knows nothing but the header.
+const INITIALIZERS: &str = "
+#include <aerostat.h>
+#include <aerostat.h>
+struct aerostat_runtime_config runtime = AEROSTAT_RUNTIME_CONFIG_INIT;
+struct aerostat_memory_region region = AEROSTAT_MEMORY_REGION_INIT;
+struct aerostat_device_config device = AEROSTAT_DEVICE_CONFIG_INIT;
+struct aerostat_queue_config queue = AEROSTAT_QUEUE_CONFIG_INIT;
+struct aerostat_queue_position position = AEROSTAT_QUEUE_POSITION_INIT;
+struct aerostat_balloon balloon = AEROSTAT_BALLOON_INIT;
+struct aerostat_guest_stats stats = AEROSTAT_GUEST_STATS_INIT;
+struct aerostat_flow flow = AEROSTAT_FLOW_INIT;
+struct aerostat_counters counters = AEROSTAT_COUNTERS_INIT;
+int main(void) { return aerostat_version() != AEROSTAT_VERSION; }
+";
+
+#[test]
+fn the_header_needs_nothing_else_and_can_be_included_twice() {
+    if tools(&["gcc", "g++"]) {
+        let examples = Examples::find();
+        let source = examples.dir.path().join("initializers.c");
+        fs::write(&source, INITIALIZERS).unwrap();
+        let options = ["-laerostat", "-Wconversion", "-Wsign-conversion"];
+        for language in [C11, CPP17] {
+            run_alone(&examples.compile(language, &source, &options));
+        }
+        let header = header();
+        let macros = header
+            .lines()
+            .filter(|line| line.starts_with("#define") && line.contains("_INIT "));
+        assert_eq!(macros.count(), INITIALIZERS.matches("_INIT;").count());
+    }
 }
 
 #[test]

@@ -67,7 +67,7 @@ fn host_memory_follows_what_the_guest_touches_and_stays_when_the_guest_lets_go()
     let before = guest.host_memory_bytes().unwrap();
     assert!(before < 96 * MIB, "an idle guest occupies {before} bytes");
 
-    let touched = guest.touch_unused_memory(16 * MIB).unwrap();
+    let touched = guest.touch_unused_memory().unwrap();
 
     // Nothing gives memory back here: what was touched once stays with the guest.
     let after = guest.host_memory_bytes().unwrap();
@@ -91,7 +91,7 @@ fn a_reboot_brings_the_guest_back_with_new_memory() {
         return;
     };
     guest.run("echo gone >/run/file").unwrap();
-    guest.touch_unused_memory(16 * MIB).unwrap();
+    guest.touch_unused_memory().unwrap();
     let before = guest.host_memory_bytes().unwrap();
 
     guest.reboot().unwrap();
