@@ -247,6 +247,14 @@ impl Device {
         Ok(())
     }
 
+    /// The memory that it was given last.
+    ///
+    /// # Errors
+    /// None was given.
+    pub fn ram(&self) -> Result<GuestRam> {
+        self.ram.lock().clone().ok_or(VmmError::Absent("memory"))
+    }
+
     /// What may be selected.
     ///
     /// # Errors
