@@ -647,8 +647,27 @@ struct aerostat_counters {
     uint64_t config_errors;
     /** Buffers completed on the queue of free page hints. */
     uint64_t hint_chains;
+    /**
+     * Of balloon.skipped_*_bytes, those that the guest was told are refused: the pages stayed its own
+     * (AEROSTAT_FEATURE_PAGE_REFUSAL). No term of the balance, as the reasons' counters have them.
+     */
+    uint64_t refused_bytes;
+    /**
+     * Bytes that the guest wanted out of the balloon before it acknowledged an
+     * aerostat_device_reset_balloon(), through which it had them already.
+     */
+    uint64_t late_take_bytes;
+    /** Calls of aerostat_device_reset_balloon() that succeeded. */
+    uint64_t host_resets;
+    /**
+     * Those that are over: the guest acknowledged it or a later one, or it reset the device. Equal to
+     * host_resets when the guest has nothing left to acknowledge.
+     */
+    uint64_t host_resets_acknowledged;
+    /** Bytes that were in the balloon at a call of aerostat_device_reset_balloon(). */
+    uint64_t host_reset_bytes;
     /** 0. */
-    uint64_t reserved[7];
+    uint64_t reserved[2];
 };
 
 /** The version of this header, to compare with aerostat_version(). */
@@ -708,7 +727,7 @@ struct aerostat_counters {
 #define AEROSTAT_COUNTERS_INIT                                                                     \
     {                                                                                              \
         sizeof(struct aerostat_counters), 0, AEROSTAT_FLOW_INIT, AEROSTAT_FLOW_INIT, 0, 0, 0, 0,   \
-            0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                       \
+            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                        \
     }
 
 #ifdef __cplusplus

@@ -29,7 +29,7 @@ const TRANSPORT: [(&str, u64); 7] = [
 ];
 
 /// The bits that are the device's to define (0 to 23, and 50 and above).
-const DEVICE_BITS: u64 = (1 << 24) - 1 | !((1 << 50) - 1);
+const DEVICE_BITS: u64 = ((1 << 24) - 1) | !((1 << 50) - 1);
 
 /// The names of a selection; unknown bits are written as `bit-N`.
 pub(crate) fn names(features: u64) -> Vec<String> {
