@@ -14,6 +14,7 @@ use aerostat_tests::vmm::vring::{Piece, Used};
 use aerostat_tests::vmm::working_set::WorkingSet;
 use aerostat_tests::vmm::{Guest, GuestConfig, MIB, PAGE_BYTES, Result, Vmm};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const MEMFD: Backing = Backing::Memfd { offset_bytes: 0 };
@@ -296,18 +297,19 @@ fn pages_are_the_guests_from_the_moment_of_the_reset() -> Result<()> {
         let vmm = Vmm::new()?;
         let guest = vmm.boot(config)?;
         guest.device().set_target(12 * MIB)?;
-        let device = Arc::clone(guest.device());
+        let (device, stop) = (Arc::clone(guest.device()), Arc::new(AtomicBool::new(false)));
+        let stopping = Arc::clone(&stop);
         let host = std::thread::spawn(move || -> Result<()> {
-            for round in 0..300u64 {
+            let mut round = 0;
+            while !stopping.load(Ordering::Acquire) {
                 device.reset_balloon()?;
                 std::thread::sleep(Duration::from_micros(round * 97 % 700));
+                round += 1;
             }
             Ok(())
         });
-        let (mut resets, mut finished) = (0, false);
-        while !finished {
-            // Looked at before the fields: what the host did last is seen in this round.
-            finished = host.is_finished();
+        let mut resets = 0;
+        while resets < 60 {
             let (id, ack) = guest.driver().reset_fields()?;
             if id != ack {
                 resets += 1;
@@ -323,14 +325,12 @@ fn pages_are_the_guests_from_the_moment_of_the_reset() -> Result<()> {
             guest.driver().fill(100)?;
             guest.books()?;
         }
+        stop.store(true, Ordering::Release);
         assert!(host.join().is_ok_and(|outcome| outcome.is_ok()));
-        assert!(resets > 3, "{resets}");
         guest.driver().follow_host_reset()?;
         let books = guest.books()?;
-        assert_eq!(
-            (books.host_resets, books.host_resets_acknowledged),
-            (300, 300)
-        );
+        assert!(books.host_resets >= 60);
+        assert_eq!(books.host_resets, books.host_resets_acknowledged);
         Ok(())
     })
 }
