@@ -343,3 +343,54 @@ fn late_pages_are_entered_without_being_looked_at() {
     assert_eq!(guest.flow().skipped_late_bytes, 12 * 4096);
     assert_eq!(guest.books.total().refused_bytes, 5 * 4096);
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// The same with offers that may be refused, and resets by the host.
+    #[test]
+    fn books_balance_whatever_is_refused(
+        frames: bool,
+        steps in prop::collection::vec((0u8..8, 400u64..2700, 1u64..300, 0u64..1500), 1..30),
+    ) {
+        let mut guest = guest(|region| if frames { huge(region) });
+        let mut model = BTreeSet::new();
+        for (step, start, pages, limit) in steps {
+            match step {
+                0 => {
+                    guest.balloon.reset_by_host(&guest.books);
+                    model.clear();
+                }
+                1 | 2 => {
+                    guest.take(&[range(start, pages)]);
+                    (start..start + pages).for_each(|page| { model.remove(&page); });
+                }
+                _ => {
+                    // Every third page twice, in descending order.
+                    let list: Vec<u64> = (start..start + pages)
+                        .rev()
+                        .flat_map(|page| [page].repeat(1 + usize::from(page % 3 == 0)))
+                        .collect();
+                    let expected: Vec<usize> = list
+                        .iter()
+                        .enumerate()
+                        .filter(|(_, page)| {
+                            let room = (model.len() as u64) < limit;
+                            let inside = (512..2560).contains(*page);
+                            !(inside && room && model.insert(**page))
+                        })
+                        .map(|(place, _)| place)
+                        .collect();
+                    prop_assert_eq!(guest.offer(list, limit), expected);
+                }
+            }
+            let flow = guest.flow();
+            let total = guest.books.total();
+            prop_assert_eq!(guest.balloon.ballooned_bytes(), model.len() as u64 * 4096);
+            prop_assert_eq!(total.refused_bytes, flow.skipped_bytes());
+            let back = total.returned_bytes + total.host_reset_bytes;
+            let entered = flow.requested_bytes - flow.skipped_bytes();
+            prop_assert_eq!(entered - back, model.len() as u64 * 4096);
+        }
+    }
+}
