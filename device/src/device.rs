@@ -222,7 +222,9 @@ impl Device {
         self.shared
             .start_queue(self.runtime.pool(), &mut service, index, queue)?;
         if service.state == DeviceState::Active {
-            self.shared.schedule(1 << index);
+            // The others too: what a queue is for depends on which ones are there, and a kick may
+            // have been looked at while its queue was for nothing.
+            self.shared.schedule(service.started());
         }
         Ok(())
     }
