@@ -142,7 +142,7 @@ impl Device {
         let device: Weak<dyn Servable> =
             Arc::downgrade(&(Arc::clone(&shared) as Arc<dyn Servable>));
         let home = runtime.pool().station_of(None);
-        let timer = shared.timer.descriptor()?;
+        let timer = shared.timer_descriptor()?;
         let timer = runtime
             .pool()
             .register(home, timer, device, Shared::TIMER)?;
