@@ -15,6 +15,7 @@ use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable, Timer};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -50,7 +51,8 @@ pub(crate) struct Shared {
     pub(crate) books: Books,
     pub(crate) stats: StatsBoard,
     pub(crate) hints: HintBoard,
-    pub(crate) timer: Timer,
+    /// Locked from when it is found out what is due next until it is set so.
+    timer: Mutex<Timer>,
     pub(crate) service: Mutex<Service>,
     /// The station that serves the device: that of most of its memory.
     pub(crate) home: AtomicUsize,
@@ -253,7 +255,7 @@ impl Shared {
             books: Books::new(usize::try_from(runtime.nodes()).unwrap_or(1)),
             stats: StatsBoard::default(),
             hints: HintBoard::default(),
-            timer,
+            timer: Mutex::new(timer),
             service: Mutex::new(service),
             home: AtomicUsize::new(0),
             kicks: AtomicU32::new(0),
@@ -482,10 +484,16 @@ impl Shared {
         !self.scheduled.swap(true, Ordering::SeqCst)
     }
 
+    /// Another descriptor of the timer, to listen on.
+    pub(crate) fn timer_descriptor(&self) -> Result<OwnedFd> {
+        self.timer.lock().descriptor()
+    }
+
     /// Sets the timer for whatever is due next.
     pub(crate) fn set_timer(&self) {
+        let timer = self.timer.lock();
         let due = [self.hints.deadline(), self.stats.next_poll()];
-        self.timer.arm(due.into_iter().flatten().min());
+        timer.arm(due.into_iter().flatten().min());
     }
 
     /// Does what is due; returns what is to be done as if it had been kicked for.

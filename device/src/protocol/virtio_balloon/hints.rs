@@ -5,7 +5,7 @@
 //! The guest gives up nearly all of its memory until the round is done, so a round ends by itself when
 //! its time is up, whatever the VMM does.
 
-use super::{ConfigSpace, Turn};
+use super::{ConfigSpace, MAX_ENTRIES_PER_TURN, Turn};
 use crate::balloon::bump;
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, PfnRange};
@@ -128,20 +128,24 @@ impl HintBoard {
 
 /// Takes what the queue has; true if there is more.
 pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingError> {
-    let mut served = 0;
+    let (mut served, mut segments) = (0, 0);
     let end = loop {
-        if served == MAX_CHAINS_PER_TURN {
+        if served == MAX_CHAINS_PER_TURN || segments >= MAX_ENTRIES_PER_TURN {
             break Ok(true);
         }
         let memory = turn.balloon.memory();
         let chain = &mut turn.scratch.chain;
         match source.pop(memory, chain) {
             Ok(true) => {}
-            Ok(false) if source.want_kicks() => continue,
+            Ok(false) if source.want_kicks() => {
+                served += 1;
+                continue;
+            }
             Ok(false) => break Ok(false),
             Err(error) => break Err(error),
         }
         served += 1;
+        segments += chain.segments();
         turn.scratch.ranges.clear();
         let understood = accept(turn.hints, chain, memory, &mut turn.scratch.ranges);
         turn.books.enter(|entry| {
