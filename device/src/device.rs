@@ -6,6 +6,7 @@
 //! vCPU threads and monitors need without waiting (configuration space, target, state) is outside.
 
 use crate::balloon::{Balloon, bump};
+use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::memory::{BALLOON_PAGE_SHIFT, Gpa, GuestMemory, NodeId, PfnRange};
@@ -203,7 +204,7 @@ impl Device {
             Some(balloon) => balloon.set_memory(memory, &self.shared.books),
             none => {
                 let mut balloon = Balloon::new(memory, self.runtime.discarder());
-                balloon.set_inhibited(inhibited);
+                balloon.set_inhibited(inhibited, &self.shared.books);
                 *none = Some(balloon);
             }
         }
@@ -233,8 +234,9 @@ impl Device {
     /// # Errors
     /// The queue is not started.
     pub fn stop_queue(&self, index: u16) -> Result<QueuePosition> {
-        self.shared
-            .stop_queue(&mut self.shared.service.lock(), index)
+        let mut service = self.shared.service.lock();
+        service.drain(&self.shared.books);
+        self.shared.stop_queue(&mut service, index)
     }
 
     /// Replaces a started ring's call eventfd (vhost-user does so under way).
@@ -259,6 +261,7 @@ impl Device {
             DeviceState::NeedsReset => return Err(Error::NotReady("reset the device")),
         }
         service.ready()?;
+        service.open_window(&self.shared.books);
         self.shared.set_state(&mut service, DeviceState::Active);
         self.shared.schedule(service.started());
         Ok(())
@@ -277,6 +280,7 @@ impl Device {
             DeviceState::Paused => Ok(()),
             DeviceState::Active => {
                 self.shared.finish_elements(&mut service);
+                service.drain(&self.shared.books);
                 self.shared.set_state(&mut service, DeviceState::Paused);
                 Ok(())
             }
@@ -312,7 +316,8 @@ impl Device {
     /// From its return on nothing is discarded until [`Self::uninhibit`]; calls nest. Waits until
     /// nothing is in flight. Guests are still acknowledged, and what is skipped is counted.
     pub fn inhibit(&self) {
-        self.shared.service.lock().change_inhibits(1);
+        let mut service = self.shared.service.lock();
+        service.change_inhibits(1, &self.shared.books);
     }
 
     /// Takes back one [`Self::inhibit`].
@@ -324,8 +329,24 @@ impl Device {
         if service.inhibits == 0 {
             return Err(Error::Unbalanced("uninhibit"));
         }
-        service.change_inhibits(-1);
+        service.change_inhibits(-1, &self.shared.books);
         Ok(())
+    }
+
+    /// Lets inflated pages be discarded after they were acknowledged, many at a time, for drivers that
+    /// negotiated MUST_TELL_HOST; may be changed at any time. What waits is discarded first. Off by
+    /// default; [`WriteBehind::RECOMMENDED`] suits stock guests.
+    pub fn set_write_behind(&self, setting: WriteBehind) {
+        let mut service = self.shared.service.lock();
+        service.write_behind = setting;
+        if service.state != DeviceState::Configuring {
+            service.open_window(&self.shared.books);
+        }
+    }
+
+    /// Returns when nothing that was acknowledged waits to be discarded any more.
+    pub fn flush(&self) {
+        self.shared.service.lock().drain(&self.shared.books);
     }
 
     /// Reads the configuration space; what lies behind its end reads as zero. Never waits.

@@ -31,6 +31,7 @@ pub mod runtime;
 mod service;
 
 pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
+pub use discard::WriteBehind;
 pub use error::{Error, Result};
 pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};

@@ -2,9 +2,10 @@
 
 use crate::balloon::{Balloon, bump};
 use crate::device::{DeviceState, QueueConfig, QueuePosition};
+use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
 use crate::event::{EventFd, check_eventfd};
-use crate::memory::GuestMemory;
+use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory};
 use crate::metrics::Books;
 use crate::protocol::virtio_balloon::{
     ConfigSpace, Features, HintBoard, QUEUES, Role, StatsBoard, Turn, role_of, serve_pages,
@@ -17,6 +18,7 @@ use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 /// The most elements that may wait for a device. VMMs have at most a queue's worth outstanding.
 const MAX_WAITING_ELEMENTS: usize = 1 << 16;
@@ -36,6 +38,7 @@ pub(crate) struct Service {
     pub(crate) features: Option<Features>,
     pub(crate) balloon: Option<Balloon>,
     pub(crate) inhibits: u32,
+    pub(crate) write_behind: WriteBehind,
     queues: [Option<Queue>; QUEUES as usize],
 }
 
@@ -47,10 +50,12 @@ pub(crate) struct Shared {
     pub(crate) offered: Features,
     pub(crate) config: ConfigSpace,
     pub(crate) config_event: Option<EventFd>,
-    pub(crate) books: Books,
+    pub(crate) books: Arc<Books>,
     pub(crate) stats: StatsBoard,
     pub(crate) hints: HintBoard,
     pub(crate) timer: Timer,
+    /// When pages that wait to be discarded are due.
+    flush_due: Mutex<Option<Instant>>,
     pub(crate) service: Mutex<Service>,
     /// The station that serves the device: that of most of its memory.
     pub(crate) home: AtomicUsize,
@@ -148,11 +153,33 @@ impl Service {
         }
     }
 
-    pub(crate) fn change_inhibits(&mut self, by: i32) {
+    /// Lets pages wait before they are discarded, if the driver promised to tell before it uses them.
+    pub(crate) fn open_window(&mut self, books: &Books) {
+        let told = self
+            .features
+            .is_some_and(|f| f.contains(Features::MUST_TELL_HOST));
+        let setting = if told {
+            self.write_behind
+        } else {
+            WriteBehind::default()
+        };
+        if let Some(balloon) = &mut self.balloon {
+            balloon.set_write_behind(setting, books);
+        }
+    }
+
+    /// Discards what waits in the window.
+    pub(crate) fn drain(&mut self, books: &Books) {
+        if let Some(balloon) = &mut self.balloon {
+            balloon.drain(books);
+        }
+    }
+
+    pub(crate) fn change_inhibits(&mut self, by: i32, books: &Books) {
         self.inhibits = self.inhibits.saturating_add_signed(by);
         let inhibited = self.inhibits > 0;
         if let Some(balloon) = &mut self.balloon {
-            balloon.set_inhibited(inhibited);
+            balloon.set_inhibited(inhibited, books);
         }
     }
 
@@ -225,6 +252,8 @@ impl Shared {
     pub(crate) const STATS_REQUEST: u32 = 1 << 31;
     /// The number under which the timer kicks.
     pub(crate) const TIMER: u16 = 30;
+    /// The mark that a flush of the window is done.
+    const FLUSHED: u32 = 1 << 29;
 
     pub(crate) fn new(
         runtime: &Runtime,
@@ -238,6 +267,7 @@ impl Shared {
             features: None,
             balloon: None,
             inhibits: 0,
+            write_behind: WriteBehind::default(),
             queues: [const { None }; QUEUES as usize],
         };
         Ok(Arc::new_cyclic(|this| Self {
@@ -246,10 +276,11 @@ impl Shared {
             offered,
             config: ConfigSpace::default(),
             config_event,
-            books: Books::new(usize::try_from(runtime.nodes()).unwrap_or(1)),
+            books: Arc::new(Books::new(usize::try_from(runtime.nodes()).unwrap_or(1))),
             stats: StatsBoard::default(),
             hints: HintBoard::default(),
             timer,
+            flush_due: Mutex::new(None),
             service: Mutex::new(service),
             home: AtomicUsize::new(0),
             kicks: AtomicU32::new(0),
@@ -387,6 +418,7 @@ impl Shared {
         if let Some(balloon) = &mut service.balloon {
             balloon.reset(&self.books);
         }
+        service.open_window(&self.books);
         self.kicks.store(0, Ordering::Release);
         self.show(service);
     }
@@ -478,7 +510,11 @@ impl Shared {
 
     /// Sets the timer for whatever is due next.
     pub(crate) fn set_timer(&self) {
-        let due = [self.hints.deadline(), self.stats.next_poll()];
+        let due = [
+            self.hints.deadline(),
+            self.stats.next_poll(),
+            *self.flush_due.lock(),
+        ];
         self.timer.arm(due.into_iter().flatten().min());
     }
 
@@ -504,6 +540,26 @@ impl Shared {
         }
     }
 
+    /// Has a worker discard what waits in the window, if it is time, and sets the alarm for what is left.
+    fn tend_window(&self, service: &mut Service) {
+        let Some(balloon) = &mut service.balloon else {
+            return;
+        };
+        let target = u64::from(self.config.num_pages()) << BALLOON_PAGE_SHIFT;
+        let settled = balloon.ballooned_bytes() >= target;
+        let this = Weak::clone(&self.this);
+        balloon.flush_if_due(settled, &self.books, move || {
+            if let Some(shared) = this.upgrade().filter(|shared| shared.wake(Self::FLUSHED)) {
+                let home = shared.home.load(Ordering::Relaxed);
+                Arc::clone(&shared.pool).submit(home, shared);
+            }
+        });
+        let due = balloon.flush_deadline();
+        if std::mem::replace(&mut *self.flush_due.lock(), due) != due {
+            self.set_timer();
+        }
+    }
+
     /// One turn under the lock; returns the queues that have more.
     fn turn(&self, scratch: &mut Scratch) -> u32 {
         let mut service = self.service.lock();
@@ -513,6 +569,7 @@ impl Shared {
         }
         self.accept_elements(&mut service);
         if service.state != DeviceState::Active {
+            self.tend_window(&mut service);
             return 0;
         }
         let more = service.run(kicks, self, scratch).unwrap_or_else(|_| {
@@ -521,6 +578,7 @@ impl Shared {
             service.state = DeviceState::NeedsReset;
             0
         });
+        self.tend_window(&mut service);
         self.show(&service);
         if service.state == DeviceState::NeedsReset {
             self.signal_config();
