@@ -387,6 +387,18 @@ impl Device {
         Ok(stats)
     }
 
+    /// Has the guest asked for its statistics this often; 0 ends that.
+    ///
+    /// # Errors
+    /// None is documented for a live handle.
+    pub fn set_stats_interval(&self, interval_ms: u32) -> Result<()> {
+        call!(
+            self.symbols,
+            aerostat_device_set_stats_interval(self.handle, interval_ms)
+        )
+        .map(drop)
+    }
+
     /// The books.
     ///
     /// # Errors
