@@ -1139,6 +1139,35 @@ int aerostat_device_set_target(struct aerostat_device *device,
 int aerostat_device_query(const struct aerostat_device *device, struct aerostat_balloon *out);
 
 /**
+ * Lets inflated pages wait before they are discarded, so that many go at once: until limit_bytes wait,
+ * until the first of them has waited delay_ms, or until the target is reached. A guest that inflates
+ * is acknowledged at once. 32 MiB and 10 ms suit stock guests; limit_bytes 0 (the default) discards
+ * before each acknowledgement.
+ *
+ * It takes effect while AEROSTAT_FEATURE_MUST_TELL_HOST is negotiated: then a guest does not use pages
+ * of the balloon before their deflate is acknowledged (requirement S7). Pages that wait count as
+ * pending_bytes (invariant I4). They are discarded before aerostat_device_pause(), _inhibit(),
+ * _set_memory(), _stop_queue() and this call return, and not at all if the guest takes them back or
+ * the device is reset. The setting survives a reset.
+ *
+ * Returns: 0, or -EFAULT (device is NULL).
+ *
+ * Threads: any. Waits until what waited is discarded, which takes some milliseconds.
+ */
+int aerostat_device_set_write_behind(struct aerostat_device *device,
+                                     uint64_t limit_bytes,
+                                     uint32_t delay_ms);
+
+/**
+ * Discards what waits (aerostat_device_set_write_behind()) now: when the host needs memory at once.
+ *
+ * Returns: 0, or -EFAULT (device is NULL).
+ *
+ * Threads: any. Waits until it is discarded, which takes some milliseconds.
+ */
+int aerostat_device_flush(struct aerostat_device *device);
+
+/**
  * Tells what the guest last said of its memory. With a timeout it asks the guest first and waits
  * for the answer; with 0 it takes what is there, in every state, which may be nothing.
  *

@@ -98,7 +98,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let mut threads = Vec::new();
     for socket in sockets {
         let name = socket.path().display().to_string();
-        let vm = Vm::new(name, Arc::clone(&runtime), arguments.features);
+        let vm = Vm::new(name, Arc::clone(&runtime), arguments.offer());
         if let Some(control) = controls.next() {
             let (vm, shutdown) = (Arc::clone(&vm), Arc::clone(&shutdown));
             threads.push(spawn("control", move || {
