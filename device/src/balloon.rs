@@ -79,6 +79,14 @@ impl Balloon {
         bytes(self.ballooned_pages)
     }
 
+    /// What is in the balloon, run by run.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn ranges(&self) -> Vec<PfnRange> {
+        let mut ranges = Vec::new();
+        self.ownership.runs(|run| ranges.push(run));
+        ranges
+    }
+
     /// From now on nothing is discarded, or discarded again.
     pub(crate) fn set_inhibited(&mut self, inhibited: bool) {
         self.inhibited = inhibited;

@@ -387,6 +387,18 @@ impl Device {
         self.shared.ballooned_bytes.load(Ordering::Acquire)
     }
 
+    /// What the ownership bitmap holds, run by run, for tests that keep books of their own.
+    #[cfg(feature = "fuzzing")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn ballooned_ranges(&self) -> Vec<PfnRange> {
+        let service = self.shared.service.lock();
+        service
+            .balloon
+            .as_ref()
+            .map_or_else(Vec::new, Balloon::ranges)
+    }
+
     /// The sum of the memory table's regions; 0 without a table.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
