@@ -1,0 +1,3 @@
+//! Stub.
+/// Stub.
+pub fn run(_bytes: &[u8]) {}
