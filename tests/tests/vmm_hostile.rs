@@ -3,6 +3,10 @@
 //! Content that makes no sense is acknowledged and counted; only a broken ring sets NEEDS_RESET.
 //! Either way nothing is touched that the guest did not give: all of its memory is compared, byte
 //! for byte, with what it was before.
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "page frame numbers and sizes of these guests are small"
+)]
 
 use aerostat::{AEROSTAT_FEATURE_INDIRECT_DESC, AEROSTAT_FEATURE_STATS_VQ, aerostat_counters};
 use aerostat_tests::vmm::device::State;
@@ -486,10 +490,18 @@ fn descriptors_that_change_while_they_are_read_do_no_harm() -> Result<()> {
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                 turn += 1;
                 let pfn = victim[(turn % 256) as usize] as u32;
-                let wild = if turn % 3 == 0 { u32::MAX } else { pfn };
+                let wild = if turn.is_multiple_of(3) {
+                    u32::MAX
+                } else {
+                    pfn
+                };
                 writer.write(table(), &wild.to_le_bytes());
-                let gpa = if turn % 5 == 0 { u64::MAX - 8 } else { table() };
-                let len = if turn % 7 == 0 { u32::MAX } else { 4 };
+                let gpa = if turn.is_multiple_of(5) {
+                    u64::MAX - 8
+                } else {
+                    table()
+                };
+                let len = if turn.is_multiple_of(7) { u32::MAX } else { 4 };
                 writer.descriptor(0, raw(gpa, len, 0, 0));
             }
         });

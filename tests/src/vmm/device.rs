@@ -245,6 +245,14 @@ impl Device {
         Ok(())
     }
 
+    /// The memory that it was given last.
+    ///
+    /// # Errors
+    /// None was given.
+    pub fn ram(&self) -> Result<GuestRam> {
+        self.ram.lock().clone().ok_or(VmmError::Absent("memory"))
+    }
+
     /// What may be selected.
     ///
     /// # Errors

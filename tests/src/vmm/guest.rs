@@ -271,6 +271,8 @@ impl Guest {
     pub fn restart_driver(&mut self) -> Result<()> {
         self.pump = None;
         self.device.reset()?;
+        // What the old driver had out is of no interest to the new one.
+        while !self.device.completions()?.is_empty() {}
         self.start_driver()
     }
 
