@@ -34,7 +34,10 @@ pub fn run(bytes: &[u8]) {
     let runtime = RUNTIME.with_borrow_mut(|runtime| {
         Arc::clone(runtime.get_or_insert_with(|| Runtime::inline().expect("a runtime")))
     });
-    let config = DeviceConfig { features: Device::SUPPORTED_FEATURES, ..DeviceConfig::default() };
+    let config = DeviceConfig {
+        features: Device::SUPPORTED_FEATURES,
+        ..DeviceConfig::default()
+    };
     let device = Device::new(&runtime, config).expect("a device");
     for access in accesses.iter().take(200) {
         step(&device, access);
@@ -68,7 +71,11 @@ fn step(device: &Device, access: &Access) {
         Access::Activate => drop(device.activate()),
         Access::Reset => {
             device.reset();
-            assert_eq!(space(device)[4..], [0; 12], "a new driver starts with nothing");
+            assert_eq!(
+                space(device)[4..],
+                [0; 12],
+                "a new driver starts with nothing"
+            );
             assert_eq!(space(device)[..4], before[..4], "the target is the host's");
         }
         Access::Hints(true) => drop(device.start_hints(Duration::from_secs(600))),
@@ -81,8 +88,13 @@ fn read(device: &Device, offset: u64, len: u8) {
     let whole = space(device);
     device.read_config(offset, &mut data);
     for (at, byte) in data.iter().enumerate() {
-        let place = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(at));
-        let expected = place.and_then(|place| whole.get(place)).copied().unwrap_or(0);
+        let place = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| offset.checked_add(at));
+        let expected = place
+            .and_then(|place| whole.get(place))
+            .copied()
+            .unwrap_or(0);
         assert_eq!(*byte, expected, "byte {at} from {offset:#x}");
     }
 }
@@ -95,7 +107,9 @@ fn write(device: &Device, offset: u64, data: &[u8]) {
     let mut expected = before;
     let mut refused = false;
     for (at, byte) in data.iter().enumerate() {
-        let place = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(at));
+        let place = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| offset.checked_add(at));
         match place {
             Some(4..8) => expected[place.unwrap_or(0)] = *byte,
             Some(12..16) if poison => expected[place.unwrap_or(0)] = *byte,

@@ -92,7 +92,9 @@ fn features(bits: u8, layout: Layout) -> u64 {
     let chosen = OPTIONAL.iter().enumerate();
     let chosen = chosen.filter(|(bit, _)| bits & (1 << bit) != 0);
     let packed = if layout == Layout::Packed { 1 << 34 } else { 0 };
-    chosen.fold(1 << 32 | packed, |features, (_, feature)| features | 1 << feature)
+    chosen.fold(1 << 32 | packed, |features, (_, feature)| {
+        features | 1 << feature
+    })
 }
 
 impl<'a> Run<'a> {
@@ -103,10 +105,14 @@ impl<'a> Run<'a> {
             completion_event: None,
         };
         let device = Device::new(&host.runtime, config).expect("a device");
-        device.set_memory(host.guest.table(u8::MAX, false)).expect("memory");
+        device
+            .set_memory(host.guest.table(u8::MAX, false))
+            .expect("memory");
         let sizes = script.sizes.iter();
         let drivers = (0..).zip(sizes);
-        let drivers = drivers.map(|(queue, size)| Driver::new(layout, queue, *size)).collect();
+        let drivers = drivers
+            .map(|(queue, size)| Driver::new(layout, queue, *size))
+            .collect();
         let oracle = Oracle::new(&device);
         Self {
             host,
@@ -116,7 +122,11 @@ impl<'a> Run<'a> {
             drivers,
             started: vec![None; usize::from(QUEUES)],
             oracle,
-            terms: Terms { regions: u8::MAX, pinned: false, inhibited: false },
+            terms: Terms {
+                regions: u8::MAX,
+                pinned: false,
+                inhibited: false,
+            },
             inhibits: 0,
             writes: Vec::new(),
             tame: true,
@@ -140,7 +150,9 @@ impl<'a> Run<'a> {
 
     /// From features to DRIVER_OK.
     fn set_up(&mut self, queues: u8) {
-        self.device.set_features(self.features).expect("features that are offered");
+        self.device
+            .set_features(self.features)
+            .expect("features that are offered");
         for queue in (0..QUEUES).filter(|queue| queues & (1 << queue) != 0) {
             self.start(queue, None);
         }
@@ -156,11 +168,23 @@ impl<'a> Run<'a> {
             desc,
             avail,
             used,
-            kick: self.host.kicks[usize::from(queue)].try_clone().expect("a descriptor"),
+            kick: self.host.kicks[usize::from(queue)]
+                .try_clone()
+                .expect("a descriptor"),
             call: Some(self.host.call.try_clone().expect("a descriptor")),
             position: from,
         });
-        if self.device.start_queue(queue, QueueConfig { size: driver.size, ring }).is_ok() {
+        if self
+            .device
+            .start_queue(
+                queue,
+                QueueConfig {
+                    size: driver.size,
+                    ring,
+                },
+            )
+            .is_ok()
+        {
             driver.resume(from);
             // A driver clears its rings.
             if self.layout != Layout::Elements && places.is_none() {
@@ -175,7 +199,10 @@ impl<'a> Run<'a> {
     fn stop(&mut self, queue: u16) {
         self.note_writes();
         let Ok(to) = self.device.stop_queue(queue) else {
-            assert!(self.started[usize::from(queue)].is_none(), "a started queue stops");
+            assert!(
+                self.started[usize::from(queue)].is_none(),
+                "a started queue stops"
+            );
             return;
         };
         let started = self.started[usize::from(queue)].take();
@@ -184,7 +211,10 @@ impl<'a> Run<'a> {
         let completed = to.next_used.wrapping_sub(started.from.next_used);
         match self.layout {
             Layout::Split => {
-                assert_eq!(taken, completed, "queue {queue}: chains taken and completed");
+                assert_eq!(
+                    taken, completed,
+                    "queue {queue}: chains taken and completed"
+                );
                 self.consumed += u64::from(taken);
                 self.stops += 1;
             }
@@ -198,9 +228,15 @@ impl<'a> Run<'a> {
             Step::Poke(address, bytes) => self.host.guest.write(address.gpa(), &bytes.0),
             Step::List { buffer, pages } => {
                 let bytes: Vec<u8> = pages.0.iter().flat_map(|page| page.to_le_bytes()).collect();
-                self.host.guest.write(crate::script::buffer(*buffer), &bytes);
+                self.host
+                    .guest
+                    .write(crate::script::buffer(*buffer), &bytes);
             }
-            Step::Offer { queue, segments, indirect } => {
+            Step::Offer {
+                queue,
+                segments,
+                indirect,
+            } => {
                 let queue = u16::from(*queue) % QUEUES;
                 if self.layout == Layout::Elements {
                     self.submit(queue, &segments.0);
@@ -220,7 +256,8 @@ impl<'a> Run<'a> {
                 rustix::io::write(kick, &1u64.to_ne_bytes()).expect("an eventfd");
             }
             Step::ReadConfig(offset, len) => {
-                self.device.read_config(*offset, &mut vec![0; usize::from(*len)]);
+                self.device
+                    .read_config(*offset, &mut vec![0; usize::from(*len)]);
             }
             Step::WriteConfig(offset, bytes) => {
                 self.device.write_config(u64::from(*offset), &bytes.0);
@@ -277,7 +314,10 @@ impl<'a> Run<'a> {
                 self.device.take_hints(16, &mut ranges);
                 for range in ranges {
                     assert!(range.start < range.end, "an empty hint");
-                    assert!(self.host.guest.exists(range), "a hint outside memory: {range:?}");
+                    assert!(
+                        self.host.guest.exists(range),
+                        "a hint outside memory: {range:?}"
+                    );
                 }
             }
         }
@@ -286,14 +326,20 @@ impl<'a> Run<'a> {
     /// Hands over an element: iovecs in guest memory, as far as they are.
     #[allow(unsafe_code, reason = "elements are memory of this process")]
     fn submit(&mut self, queue: u16, segments: &[Segment]) {
-        let mut element = Element { queue, token: self.next_token, ..Element::default() };
+        let mut element = Element {
+            queue,
+            token: self.next_token,
+            ..Element::default()
+        };
         let mut reported = Vec::new();
         for segment in segments {
             let gpa = segment.address.gpa();
             let Some((address, room)) = self.host.guest.host(gpa) else {
                 continue;
             };
-            let len = usize::try_from(segment.length.bytes()).unwrap_or(0).min(room);
+            let len = usize::try_from(segment.length.bytes())
+                .unwrap_or(0)
+                .min(room);
             // SAFETY: guest memory stays mapped; it is written to by no queue that takes elements.
             let iov = unsafe { IoVec::new(address, len) };
             if segment.writable {
@@ -316,7 +362,10 @@ impl<'a> Run<'a> {
         assert!(completions.len() <= max, "more completions than asked for");
         for completion in completions {
             let known = self.elements.remove(&completion.token);
-            assert!(known.is_some(), "{completion:?} came twice, or was never submitted");
+            assert!(
+                known.is_some(),
+                "{completion:?} came twice, or was never submitted"
+            );
             assert_eq!(completion.written, 0, "no queue of a balloon writes");
         }
     }
@@ -335,7 +384,11 @@ impl<'a> Run<'a> {
         assert_eq!(self.device.ballooned_bytes(), 0, "empty after a reset");
         assert_eq!(self.device.state(), DeviceState::Configuring);
         self.collect(usize::MAX);
-        assert!(self.elements.is_empty(), "elements are lost: {:?}", self.elements);
+        assert!(
+            self.elements.is_empty(),
+            "elements are lost: {:?}",
+            self.elements
+        );
     }
 
     /// Notes where the started rings let the device write.
@@ -351,11 +404,20 @@ impl<'a> Run<'a> {
     /// Has the device do all that it wants to do, and looks at the result; false if a ring feeds itself.
     fn settle(&mut self) -> bool {
         self.note_writes();
-        let turns = (0..MAX_TURNS).take_while(|_| self.host.runtime.turn()).count();
+        let turns = (0..MAX_TURNS)
+            .take_while(|_| self.host.runtime.turn())
+            .count();
         let ended = turns < MAX_TURNS;
         assert!(ended || !self.tame, "a device that is never done");
         let reported: Vec<_> = self.elements.values().flatten().copied().collect();
-        let Self { oracle, device, host, terms, writes, .. } = self;
+        let Self {
+            oracle,
+            device,
+            host,
+            terms,
+            writes,
+            ..
+        } = self;
         oracle.check(device, &mut host.guest, *terms, writes, &reported);
         self.writes.clear();
         ended
@@ -376,7 +438,10 @@ impl<'a> Run<'a> {
         let chains: u64 = chains.iter().sum();
         assert!(counters.chain_errors <= chains, "{counters:?}");
         if self.layout == Layout::Split {
-            assert!(self.consumed <= chains, "chains that were taken and not counted");
+            assert!(
+                self.consumed <= chains,
+                "chains that were taken and not counted"
+            );
         }
         self.reset();
         self.settle();

@@ -33,7 +33,13 @@ impl Driver {
     pub fn new(layout: Layout, queue: u16, size: u8) -> Self {
         let size = SIZES[usize::from(size) % SIZES.len()];
         let index = u16::from(layout == Layout::Packed);
-        Self { layout, queue: queue.into(), size, next: 0, index }
+        Self {
+            layout,
+            queue: queue.into(),
+            size,
+            next: 0,
+            index,
+        }
     }
 
     /// Descriptors, driver's area, device's area: all in one page a queue.
@@ -117,7 +123,14 @@ impl Driver {
     }
 
     /// Writes descriptors from `first` on; of a packed ring the first one last.
-    fn write_chain(&self, guest: &mut Guest, table: u64, segments: &[Segment], first: u16, size: u16) {
+    fn write_chain(
+        &self,
+        guest: &mut Guest,
+        table: u64,
+        segments: &[Segment],
+        first: u16,
+        size: u16,
+    ) {
         let direct = table == self.places()[0];
         for (number, segment) in segments.iter().enumerate().rev() {
             let last = number + 1 == segments.len();

@@ -3,7 +3,10 @@
 //! Each byte of the canary has its highest bit set, so no four bytes of it are the number of a page that
 //! exists and no eight an address: whatever names a page was written by the script. Between the
 //! regions lie pages that cannot be touched, so an access outside is a fault.
-#![allow(unsafe_code, reason = "maps and reads the memory that the device works on")]
+#![allow(
+    unsafe_code,
+    reason = "maps and reads the memory that the device works on"
+)]
 
 use aerostat_device::memory::{Gpa, PfnRange};
 use aerostat_device::{GuestMemory, Region};
@@ -100,7 +103,9 @@ impl Guest {
             shadow: Vec::new(),
         };
         for page in 0..PAGES {
-            guest.pristine.extend((0..PAGE).map(|offset| canary(page, offset)));
+            guest
+                .pristine
+                .extend((0..PAGE).map(|offset| canary(page, offset)));
         }
         guest.shadow = guest.pristine.clone();
         let mut at = reserve();
@@ -108,7 +113,11 @@ impl Guest {
             let region = map(spec, at);
             for number in 0..spec.pages {
                 let hva = at + usize::try_from(number).unwrap_or(0) * PAGE;
-                guest.pages.push(Page { pfn: spec.first + number, region: index, hva });
+                guest.pages.push(Page {
+                    pfn: spec.first + number,
+                    region: index,
+                    hva,
+                });
             }
             at += usize::try_from(region.len_bytes).unwrap_or(0);
             // Only the first two regions touch; a gap of 16 KiB keeps frames aligned.
@@ -145,7 +154,9 @@ impl Guest {
     fn restore(&self, index: usize) {
         let from = &self.pristine[index * PAGE..][..PAGE];
         // SAFETY: a page of the guest's own mapping, which no reference covers.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.pages[index].hva as *mut u8, PAGE) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(from.as_ptr(), self.pages[index].hva as *mut u8, PAGE)
+        };
     }
 
     /// All pages.
@@ -163,7 +174,9 @@ impl Guest {
     /// The index of the page that holds `gpa`.
     #[must_use]
     pub fn index_of(&self, gpa: u64) -> Option<usize> {
-        self.pages.iter().position(|page| page.pfn == gpa / PAGE as u64)
+        self.pages
+            .iter()
+            .position(|page| page.pfn == gpa / PAGE as u64)
     }
 
     /// The contents of a page now.
@@ -202,8 +215,12 @@ impl Guest {
     /// The driver writes; what is outside memory, or in ROM, is left out.
     pub fn write(&mut self, gpa: u64, bytes: &[u8]) {
         for (offset, byte) in (0..).zip(bytes) {
-            let Some(at) = gpa.checked_add(offset) else { return };
-            let Some(index) = self.index_of(at) else { continue };
+            let Some(at) = gpa.checked_add(offset) else {
+                return;
+            };
+            let Some(index) = self.index_of(at) else {
+                continue;
+            };
             if self.kind(index) == Kind::Rom {
                 continue;
             }
@@ -219,7 +236,9 @@ impl Guest {
     pub fn read_u16(&self, gpa: u64) -> u16 {
         let byte = |at: u64| {
             let index = self.index_of(at)?;
-            self.page(index).get(usize::try_from(at).ok()? % PAGE).copied()
+            self.page(index)
+                .get(usize::try_from(at).ok()? % PAGE)
+                .copied()
         };
         u16::from_le_bytes([byte(gpa).unwrap_or(0), byte(gpa + 1).unwrap_or(0)])
     }
@@ -295,7 +314,14 @@ fn map(spec: &Spec, at: usize) -> Region {
     // SAFETY: replaces a part of the reserved space, which nobody has a pointer into yet.
     let mapped = unsafe {
         match &fd {
-            Some(fd) => mmap(place, bytes, both, MapFlags::SHARED | MapFlags::FIXED, fd, 0),
+            Some(fd) => mmap(
+                place,
+                bytes,
+                both,
+                MapFlags::SHARED | MapFlags::FIXED,
+                fd,
+                0,
+            ),
             None => mmap_anonymous(place, bytes, both, MapFlags::PRIVATE | MapFlags::FIXED),
         }
     };

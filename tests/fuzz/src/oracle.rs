@@ -30,7 +30,10 @@ impl Oracle {
     /// Nothing happened yet.
     #[must_use]
     pub fn new(device: &Device) -> Self {
-        Self { balloon: BTreeSet::new(), counters: device.counters() }
+        Self {
+            balloon: BTreeSet::new(),
+            counters: device.counters(),
+        }
     }
 
     /// Looks at everything. `writes` is where the device may write besides (rings): address and length;
@@ -49,11 +52,21 @@ impl Oracle {
         let counters = device.counters();
         check_books(device, &counters);
         let balloon = recount(device, guest);
-        assert_eq!(device.ballooned_bytes(), balloon.len() as u64 * PAGE as u64, "recount");
+        assert_eq!(
+            device.ballooned_bytes(),
+            balloon.len() as u64 * PAGE as u64,
+            "recount"
+        );
         let held = incomplete_frames(&balloon) * PAGE as u64;
-        assert_eq!(counters.balloon.held_bytes, held, "held in incomplete frames");
+        assert_eq!(
+            counters.balloon.held_bytes, held,
+            "held in incomplete frames"
+        );
         if device.state() == DeviceState::NeedsReset {
-            assert!(counters.broken_rings > 0, "needs a reset, and no ring broke: a panic?");
+            assert!(
+                counters.broken_rings > 0,
+                "needs a reset, and no ring broke: a panic?"
+            );
         }
         let inflated = counters.inflate_chains != self.counters.inflate_chains;
         let report = counters.report_chains != self.counters.report_chains;
@@ -68,16 +81,26 @@ impl Oracle {
             }
             let fresh = balloon.contains(&pfn) && !self.balloon.contains(&pfn);
             if fresh && must_be_empty(guest.kind(index), pfn, &balloon, terms) {
-                assert!(zero, "page {pfn:#x} is in the balloon and was not discarded");
+                assert!(
+                    zero,
+                    "page {pfn:#x} is in the balloon and was not discarded"
+                );
             }
         }
         for &index in &emptied {
             let pfn = guest.pages()[index].pfn;
-            assert!(!terms.inhibited, "page {pfn:#x} was discarded while inhibited");
+            assert!(
+                !terms.inhibited,
+                "page {pfn:#x} was discarded while inhibited"
+            );
             assert!(!terms.pinned, "page {pfn:#x} is pinned and was discarded");
             let kind = guest.kind(index);
-            assert!(!matches!(kind, Kind::Rom | Kind::Pinned), "page {pfn:#x}: {kind:?}");
-            let given = self.balloon.contains(&pfn) || balloon.contains(&pfn) || is_named(guest, pfn);
+            assert!(
+                !matches!(kind, Kind::Rom | Kind::Pinned),
+                "page {pfn:#x}: {kind:?}"
+            );
+            let given =
+                self.balloon.contains(&pfn) || balloon.contains(&pfn) || is_named(guest, pfn);
             let free = is_reported(guest, pfn) || covers(reported, pfn);
             assert!(
                 inflated && given || report && free,
@@ -85,10 +108,16 @@ impl Oracle {
             );
         }
         let discarded = |counters: &Counters| {
-            counters.balloon.discarded_bytes.wrapping_add(counters.report.discarded_bytes)
+            counters
+                .balloon
+                .discarded_bytes
+                .wrapping_add(counters.report.discarded_bytes)
         };
         let booked = discarded(&counters).wrapping_sub(discarded(&self.counters));
-        assert!(booked >= (emptied.len() * PAGE) as u64, "more was discarded than the books say");
+        assert!(
+            booked >= (emptied.len() * PAGE) as u64,
+            "more was discarded than the books say"
+        );
         for index in 0..guest.pages().len() {
             let now = guest.page(index);
             guest.see(index, &now);
@@ -102,7 +131,11 @@ impl Oracle {
 fn check_books(device: &Device, total: &Counters) {
     for flow in [&total.balloon, &total.report] {
         assert!(flow.balances(), "{flow:?}");
-        assert_eq!((flow.pending_bytes, flow.skipped_failed_bytes), (0, 0), "{flow:?}");
+        assert_eq!(
+            (flow.pending_bytes, flow.skipped_failed_bytes),
+            (0, 0),
+            "{flow:?}"
+        );
     }
     let mut sum = device.node_counters(None).expect("what belongs to no node");
     let mut node = 0;
@@ -150,7 +183,10 @@ fn compare(seen: &[u8], now: &[u8; PAGE], pfn: u64, writes: &[(u64, u64)]) -> (b
     let here: Vec<_> = here.collect();
     let (mut changed, mut zero) = (false, true);
     for (offset, (old, new)) in (start..).zip(seen.iter().zip(now)) {
-        if !here.iter().any(|(from, len)| (*from..from + len).contains(&offset)) {
+        if !here
+            .iter()
+            .any(|(from, len)| (*from..from + len).contains(&offset))
+        {
             changed |= old != new;
             zero &= *new == 0;
         }
@@ -160,8 +196,13 @@ fn compare(seen: &[u8], now: &[u8; PAGE], pfn: u64, writes: &[(u64, u64)]) -> (b
 
 /// Whether any four bytes of guest memory are the page's number.
 fn is_named(guest: &Guest, pfn: u64) -> bool {
-    let Ok(number) = u32::try_from(pfn) else { return false };
-    guest.seen_all().windows(4).any(|window| window == number.to_le_bytes())
+    let Ok(number) = u32::try_from(pfn) else {
+        return false;
+    };
+    guest
+        .seen_all()
+        .windows(4)
+        .any(|window| window == number.to_le_bytes())
 }
 
 /// Whether any sixteen bytes of guest memory are a descriptor of whole pages with the page among them.
@@ -179,5 +220,7 @@ fn is_reported(guest: &Guest, pfn: u64) -> bool {
 
 fn covers(ranges: &[(u64, u64)], pfn: u64) -> bool {
     let start = pfn * PAGE as u64;
-    ranges.iter().any(|(from, len)| *from <= start && start - from < *len)
+    ranges
+        .iter()
+        .any(|(from, len)| *from <= start && start - from < *len)
 }

@@ -18,7 +18,9 @@ fn count_panics() -> &'static std::sync::atomic::AtomicUsize {
 fn corpora_replay_without_a_violation() {
     let panics = count_panics();
     for (name, target) in aerostat_fuzz::TARGETS {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("corpus")
+            .join(name);
         let mut files: Vec<_> = std::fs::read_dir(&directory)
             .unwrap_or_else(|error| panic!("{}: {error}", directory.display()))
             .map(|entry| entry.unwrap().path())
@@ -39,7 +41,11 @@ fn corpora_replay_without_a_violation() {
 fn random_inputs_do_no_harm() {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for (name, target) in aerostat_fuzz::TARGETS {
-        let rounds = if matches!(name, "session" | "abi") { 20 } else { 150 };
+        let rounds = if matches!(name, "session" | "abi") {
+            20
+        } else {
+            150
+        };
         for round in 0..rounds {
             let length = 64 << (round % 5);
             let bytes: Vec<u8> = std::iter::repeat_with(|| {

@@ -8,8 +8,7 @@ use crate::metrics::{GuestStats, STATS_TAGS};
 use crate::ring::RingError;
 use crate::ring::chain::Chain;
 use crate::ring::source::Source;
-use parking_lot::{Condvar, Mutex};
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Condvar, Mutex, Ordering};
 use std::time::{Duration, Instant};
 
 /// A record is {le16 tag, le64 value}, packed.
@@ -185,4 +184,47 @@ fn parse(chain: &Chain, memory: &GuestMemory) -> ([Option<u64>; STATS_TAGS], boo
     let understood =
         whole && length.is_multiple_of(RECORD_BYTES as u64) && chain.writable.is_empty();
     (values, understood)
+}
+
+#[cfg(all(test, loom))]
+mod tests {
+    use super::*;
+    use loom::sync::Arc;
+    use loom::thread;
+
+    /// Without a deadline: whoever is not woken sleeps for ever, which loom finds.
+    fn ask(board: &StatsBoard, mark: Mark) -> Option<GuestStats> {
+        board.wait_behind(mark, Duration::MAX)
+    }
+
+    #[test]
+    fn an_answer_wakes_all_who_wait() {
+        loom::model(|| {
+            let board = Arc::new(StatsBoard::default());
+            let mark = board.mark();
+            let other = Arc::clone(&board);
+            let other = thread::spawn(move || ask(&other, mark).unwrap().sequence);
+            let poster = Arc::clone(&board);
+            let poster = thread::spawn(move || poster.post([Some(1); STATS_TAGS]));
+            assert_eq!(ask(&board, mark).unwrap().sequence, 1);
+            assert_eq!(other.join().unwrap(), 1);
+            poster.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_reset_ends_the_wait_or_the_answer_came_before() {
+        loom::model(|| {
+            let board = Arc::new(StatsBoard::default());
+            let mark = board.mark();
+            let gone = Arc::clone(&board);
+            let gone = thread::spawn(move || gone.reset());
+            let poster = Arc::clone(&board);
+            let poster = thread::spawn(move || poster.post([None; STATS_TAGS]));
+            let answer = ask(&board, mark);
+            assert!(answer.is_none_or(|answer| answer.sequence == 1));
+            gone.join().unwrap();
+            poster.join().unwrap();
+        });
+    }
 }
