@@ -128,9 +128,9 @@ impl HintBoard {
 
 /// Takes what the queue has; true if there is more.
 pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingError> {
-    let mut served = 0;
+    let (mut served, mut buffers) = (0, 0);
     let end = loop {
-        if served == MAX_CHAINS_PER_TURN {
+        if served == MAX_CHAINS_PER_TURN || buffers >= super::MAX_BUFFERS_PER_TURN {
             break Ok(true);
         }
         let memory = turn.balloon.memory();
@@ -142,6 +142,7 @@ pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, Ri
             Err(error) => break Err(error),
         }
         served += 1;
+        buffers += chain.buffers();
         turn.scratch.ranges.clear();
         let understood = accept(turn.hints, chain, memory, &mut turn.scratch.ranges);
         turn.books.enter(|entry| {

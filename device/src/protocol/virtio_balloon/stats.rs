@@ -16,7 +16,7 @@ const RECORD_BYTES: usize = 10;
 /// The most bytes of statistics that are read; stock drivers send 160.
 const MAX_STATS_BYTES: u64 = 4096;
 /// Buffers taken in one turn. A driver has one; a second gives the first back.
-const MAX_BUFFERS_PER_TURN: u32 = 16;
+const MAX_CHAINS_PER_TURN: u32 = 16;
 
 /// The last answer, and who waits for the next.
 #[derive(Debug, Default)]
@@ -142,7 +142,11 @@ impl StatsBoard {
 
 /// Takes what the stats queue has; true if there is more.
 pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingError> {
-    for _ in 0..MAX_BUFFERS_PER_TURN {
+    let mut buffers = 0;
+    for _ in 0..MAX_CHAINS_PER_TURN {
+        if buffers >= super::MAX_BUFFERS_PER_TURN {
+            break;
+        }
         let memory = turn.balloon.memory();
         let chain = &mut turn.scratch.chain;
         if !source.pop(memory, chain)? {
@@ -151,6 +155,7 @@ pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, Ri
             }
             continue;
         }
+        buffers += chain.buffers();
         let (values, understood) = parse(chain, memory);
         turn.books.enter(|entry| {
             let device = entry.device();
