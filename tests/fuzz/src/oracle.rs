@@ -71,21 +71,27 @@ impl Oracle {
         let inflated = counters.inflate_chains != self.counters.inflate_chains;
         let report = counters.report_chains != self.counters.report_chains;
         let mut emptied = Vec::new();
+        let mut touched = Vec::new();
         for index in 0..guest.pages().len() {
             let pfn = guest.pages()[index].pfn;
             let now = guest.page(index);
+            let same = now.as_slice() == guest.seen(index);
+            let fresh = balloon.contains(&pfn) && !self.balloon.contains(&pfn);
+            if same && !fresh {
+                continue;
+            }
             let (changed, zero) = compare(guest.seen(index), &now, pfn, writes);
             if changed {
                 assert!(zero, "page {pfn:#x} was written to");
                 emptied.push(index);
             }
-            let fresh = balloon.contains(&pfn) && !self.balloon.contains(&pfn);
             if fresh && must_be_empty(guest.kind(index), pfn, &balloon, terms) {
                 assert!(
                     zero,
                     "page {pfn:#x} is in the balloon and was not discarded"
                 );
             }
+            touched.push(index);
         }
         for &index in &emptied {
             let pfn = guest.pages()[index].pfn;
@@ -118,7 +124,7 @@ impl Oracle {
             booked >= (emptied.len() * PAGE) as u64,
             "more was discarded than the books say"
         );
-        for index in 0..guest.pages().len() {
+        for index in touched {
             let now = guest.page(index);
             guest.see(index, &now);
         }
@@ -176,16 +182,16 @@ fn must_be_empty(kind: Kind, pfn: u64, balloon: &BTreeSet<u64>, terms: Terms) ->
 fn compare(seen: &[u8], now: &[u8; PAGE], pfn: u64, writes: &[(u64, u64)]) -> (bool, bool) {
     let start = pfn * PAGE as u64;
     let inside = |(from, len): &&(u64, u64)| *from < start + PAGE as u64 && start < from + len;
-    let mut here = writes.iter().filter(inside).peekable();
-    if here.peek().is_none() {
-        return (seen != now, now.iter().all(|byte| *byte == 0));
+    let here: Vec<_> = writes.iter().filter(inside).collect();
+    if here.is_empty() {
+        return (seen != now, *now == [0; PAGE]);
     }
-    let here: Vec<_> = here.collect();
     let (mut changed, mut zero) = (false, true);
     for (offset, (old, new)) in (start..).zip(seen.iter().zip(now)) {
-        if !here
-            .iter()
-            .any(|(from, len)| (*from..from + len).contains(&offset))
+        if (old != new || *new != 0)
+            && !here
+                .iter()
+                .any(|(from, len)| (*from..from + len).contains(&offset))
         {
             changed |= old != new;
             zero &= *new == 0;
@@ -199,16 +205,21 @@ fn is_named(guest: &Guest, pfn: u64) -> bool {
     let Ok(number) = u32::try_from(pfn) else {
         return false;
     };
-    guest
-        .seen_all()
-        .windows(4)
-        .any(|window| window == number.to_le_bytes())
+    let number = number.to_le_bytes();
+    let mut windows = guest.seen_all().windows(4);
+    windows.any(|window| window[0] == number[0] && window == number)
 }
 
-/// Whether any sixteen bytes of guest memory are a descriptor of whole pages with the page among them.
+/// Whether any bytes of guest memory are the address and length of whole pages with the page among
+/// them, as a descriptor has them.
 fn is_reported(guest: &Guest, pfn: u64) -> bool {
     let page = PAGE as u64;
-    guest.seen_all().windows(12).any(|window| {
+    let mut windows = guest.seen_all().windows(12);
+    windows.any(|window| {
+        // The canary has no zeros, and whole pages begin and end with them.
+        if window[0] != 0 || window[8] != 0 {
+            return false;
+        }
         let (address, length) = window.split_at(8);
         let address = u64::from_le_bytes(address.try_into().unwrap_or_default());
         let length = u64::from(u32::from_le_bytes(length.try_into().unwrap_or_default()));
