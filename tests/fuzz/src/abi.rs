@@ -1,3 +1,0 @@
-//! Stub.
-/// Stub.
-pub fn run(_bytes: &[u8]) {}
