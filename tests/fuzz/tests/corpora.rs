@@ -2,6 +2,13 @@
 //! bug. No fuzzer is needed, so this runs wherever the other tests do.
 
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Targets count what the process has open: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A panic anywhere fails the test, also one that a worker or the C boundary catches.
 fn count_panics() -> &'static std::sync::atomic::AtomicUsize {
@@ -16,6 +23,7 @@ fn count_panics() -> &'static std::sync::atomic::AtomicUsize {
 
 #[test]
 fn corpora_replay_without_a_violation() {
+    let _alone = alone();
     let panics = count_panics();
     for (name, target) in aerostat_fuzz::TARGETS {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -39,6 +47,7 @@ fn corpora_replay_without_a_violation() {
 /// A plain random walk besides, so that a change is met by something that is in no corpus.
 #[test]
 fn random_inputs_do_no_harm() {
+    let _alone = alone();
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for (name, target) in aerostat_fuzz::TARGETS {
         let rounds = if matches!(name, "session" | "abi") {
