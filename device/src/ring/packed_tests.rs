@@ -279,7 +279,7 @@ fn places_go_forward_and_back_as_steps_are_counted() {
     for size in 1..=8u16 {
         let at = |steps: u16| Place {
             slot: steps % size,
-            wrap: steps / size % 2 == 0,
+            wrap: (steps / size).is_multiple_of(2),
         };
         for steps in 0..2 * size {
             for by in 0..=size {
