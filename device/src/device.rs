@@ -222,7 +222,9 @@ impl Device {
         self.shared
             .start_queue(self.runtime.pool(), &mut service, index, queue)?;
         if service.state == DeviceState::Active {
-            self.shared.schedule(1 << index);
+            // All of them: another queue may have got its role, or got it back, by this one (dense and
+            // fixed numbers), and its kicks came to nothing before.
+            self.shared.schedule(service.started());
         }
         Ok(())
     }

@@ -6,8 +6,8 @@ use crate::oracle::{Oracle, Terms};
 use crate::script::{Layout, Script, Segment, Step};
 use aerostat_device::memory::Gpa;
 use aerostat_device::{
-    Device, DeviceConfig, DeviceState, Element, IoVec, QueueConfig, QueuePosition, RingConfig,
-    Runtime,
+    Counters, Device, DeviceConfig, DeviceState, Element, IoVec, QueueConfig, QueuePosition,
+    RingConfig, Runtime,
 };
 use arbitrary::{Arbitrary, Unstructured};
 use rustix::event::{EventfdFlags, eventfd};
@@ -46,6 +46,14 @@ pub fn run(bytes: &[u8], layout: Layout) {
     let Ok(script) = Script::arbitrary(&mut Unstructured::new(bytes)) else {
         return;
     };
+    play(&script, layout);
+}
+
+/// Plays a script; returns the books as they are in the end.
+///
+/// # Panics
+/// If an oracle is violated.
+pub fn play(script: &Script, layout: Layout) -> Counters {
     HOST.with_borrow_mut(|host| {
         let host = host.get_or_insert_with(|| Host {
             runtime: Runtime::inline().expect("a runtime"),
@@ -54,8 +62,8 @@ pub fn run(bytes: &[u8], layout: Layout) {
             call: event(),
         });
         host.guest.refill();
-        Run::new(host, layout, &script).play(&script);
-    });
+        Run::new(host, layout, script).play(script)
+    })
 }
 
 /// A started ring.
@@ -137,7 +145,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn play(mut self, script: &Script) {
+    fn play(mut self, script: &Script) -> Counters {
         self.set_up(script.queues | 1);
         for step in &script.steps {
             self.step(step);
@@ -145,7 +153,7 @@ impl<'a> Run<'a> {
                 break;
             }
         }
-        self.end();
+        self.end()
     }
 
     /// From features to DRIVER_OK.
@@ -423,7 +431,7 @@ impl<'a> Run<'a> {
         ended
     }
 
-    fn end(mut self) {
+    fn end(mut self) -> Counters {
         for queue in 0..QUEUES {
             self.stop(queue);
         }
@@ -445,5 +453,6 @@ impl<'a> Run<'a> {
         }
         self.reset();
         self.settle();
+        counters
     }
 }

@@ -6,7 +6,7 @@
 //! its time is up, whatever the VMM does.
 
 use super::{ConfigSpace, Turn};
-use crate::balloon::bump;
+use crate::balloon::{bump, in_regions};
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, PfnRange};
 use crate::ring::RingError;
@@ -187,9 +187,15 @@ fn accept(
         return understood;
     }
     understood &= super::read_reports_of(&chain.writable, memory, ranges);
-    if round.state == HintState::Running && round.sent == Some(round.id) {
-        let room = MAX_RANGES - round.ranges.len();
-        round.ranges.extend(ranges.iter().take(room));
+    let wanted = round.state == HintState::Running && round.sent == Some(round.id);
+    for range in ranges.iter() {
+        // The VMM gets nothing but guest memory, whatever the guest says.
+        let outside = in_regions(memory, *range, |_, _, part| {
+            if wanted && round.ranges.len() < MAX_RANGES {
+                round.ranges.push_back(part);
+            }
+        });
+        understood &= outside == 0;
     }
     understood
 }
@@ -288,6 +294,17 @@ mod tests {
             3,
             "no id comes back"
         );
+    }
+
+    #[test]
+    fn hints_outside_memory_are_cut_off() {
+        let driver = Driver::new();
+        let id = driver.hints.start(&driver.config, LIMIT).unwrap();
+        assert!(driver.say(id));
+        assert!(!driver.free(0x10), "memory has 16 pages");
+        assert!(!driver.free((1 << 51) - 1));
+        assert!(driver.free(0xf));
+        assert_eq!(driver.taken().0, [0xf]);
     }
 
     #[test]
