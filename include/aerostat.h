@@ -863,8 +863,8 @@ int aerostat_device_state(const struct aerostat_device *device);
  * covered may be unmapped. Running rings have to lie in the new table too. Balloon pages in
  * regions that went away are forgotten.
  *
- * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table: the
- * old one stays in use).
+ * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table) or
+ * -EROFS (it is in a read-only region of it): the old one stays in use.
  *
  * Lifetime: the device keeps what it needs of memory, which may be destroyed at once; its mappings
  * have to stay (see aerostat_memory_new()).
@@ -1028,6 +1028,7 @@ int aerostat_device_write_config(struct aerostat_device *device,
  * -EINVAL (an unknown flag, a queue_size that is not allowed, or a position outside the ring),
  * -EADDRNOTAVAIL (an address is not aligned),
  * -ERANGE (a ring is not inside one memory region),
+ * -EROFS (what the device writes to of a ring is in an AEROSTAT_REGION_READONLY region),
  * -EBADF (kick_fd is no open eventfd, or call_fd neither -1 nor one),
  * -ENOTCONN (features or memory are not set, or the device needs a reset),
  * -EMSGSIZE, -E2BIG (config->size),

@@ -79,6 +79,14 @@ impl Balloon {
         bytes(self.ballooned_pages)
     }
 
+    /// What is in the balloon, run by run.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn ranges(&self) -> Vec<PfnRange> {
+        let mut ranges = Vec::new();
+        self.ownership.runs(|run| ranges.push(run));
+        ranges
+    }
+
     /// From now on nothing is discarded, or discarded again.
     pub(crate) fn set_inhibited(&mut self, inhibited: bool) {
         self.inhibited = inhibited;
@@ -369,7 +377,7 @@ impl Balloon {
 
 /// Calls `each` for the part of `range` in every region it touches; returns how many of its pages
 /// are in none.
-fn in_regions(
+pub(crate) fn in_regions(
     memory: &GuestMemory,
     range: PfnRange,
     mut each: impl FnMut(usize, &Region, PfnRange),

@@ -222,8 +222,8 @@ impl Device {
         self.shared
             .start_queue(self.runtime.pool(), &mut service, index, queue)?;
         if service.state == DeviceState::Active {
-            // The others too: what a queue is for depends on which ones are there, and a kick may
-            // have been looked at while its queue was for nothing.
+            // All of them: another queue may have got its role, or got it back, by this one (dense and
+            // fixed numbers), and its kicks came to nothing before.
             self.shared.schedule(service.started());
         }
         Ok(())
@@ -387,6 +387,18 @@ impl Device {
     #[must_use]
     pub fn ballooned_bytes(&self) -> u64 {
         self.shared.ballooned_bytes.load(Ordering::Acquire)
+    }
+
+    /// What the ownership bitmap holds, run by run, for tests that keep books of their own.
+    #[cfg(feature = "fuzzing")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn ballooned_ranges(&self) -> Vec<PfnRange> {
+        let service = self.shared.service.lock();
+        service
+            .balloon
+            .as_ref()
+            .map_or_else(Vec::new, Balloon::ranges)
     }
 
     /// The sum of the memory table's regions; 0 without a table.

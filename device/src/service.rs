@@ -1,5 +1,7 @@
 //! What a worker does with a device, and the state that it needs the lock for.
 
+mod turnstile;
+
 use crate::balloon::{Balloon, bump};
 use crate::device::{DeviceState, QueueConfig, QueuePosition};
 use crate::error::{Error, Result};
@@ -16,8 +18,9 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
+use turnstile::Turnstile;
 
 /// The most elements that may wait for a device. VMMs have at most a queue's worth outstanding.
 const MAX_WAITING_ELEMENTS: usize = 1 << 16;
@@ -56,10 +59,8 @@ pub(crate) struct Shared {
     pub(crate) service: Mutex<Service>,
     /// The station that serves the device: that of most of its memory.
     pub(crate) home: AtomicUsize,
-    /// Queues that were kicked and not looked at since, a bit each.
-    kicks: AtomicU32,
-    /// Whether a worker has the device, or it is on its way to one.
-    scheduled: AtomicBool,
+    /// Queues that were kicked and not looked at since, and whether a worker sees to them.
+    turnstile: Turnstile,
     submitted: (Sender<Element>, Receiver<Element>),
     completed: (Sender<Completion>, Receiver<Completion>),
     completion_event: Option<Arc<EventFd>>,
@@ -254,8 +255,7 @@ impl Shared {
             timer: Mutex::new(timer),
             service: Mutex::new(service),
             home: AtomicUsize::new(0),
-            kicks: AtomicU32::new(0),
-            scheduled: AtomicBool::new(false),
+            turnstile: Turnstile::new(),
             submitted: unbounded(),
             completed: unbounded(),
             completion_event,
@@ -389,7 +389,7 @@ impl Shared {
         if let Some(balloon) = &mut service.balloon {
             balloon.reset(&self.books);
         }
-        self.kicks.store(0, Ordering::Release);
+        self.turnstile.forget();
         self.show(service);
     }
 
@@ -474,8 +474,7 @@ impl Shared {
 
     /// Notes work; true if the caller has to bring the device to a worker.
     pub(crate) fn wake(&self, queues: u32) -> bool {
-        self.kicks.fetch_or(queues, Ordering::SeqCst);
-        !self.scheduled.swap(true, Ordering::SeqCst)
+        self.turnstile.note(queues)
     }
 
     /// Another descriptor of the timer, to listen on.
@@ -515,7 +514,7 @@ impl Shared {
     /// One turn under the lock; returns the queues that have more.
     fn turn(&self, scratch: &mut Scratch) -> u32 {
         let mut service = self.service.lock();
-        let mut kicks = self.kicks.swap(0, Ordering::SeqCst);
+        let mut kicks = self.turnstile.collect();
         if kicks & (1 << Self::TIMER) != 0 {
             kicks |= self.on_timer();
         }
@@ -546,7 +545,7 @@ impl Drop for Scheduled<'_> {
             let mut service = self.0.service.lock();
             service.state = DeviceState::NeedsReset;
             self.0.show(&service);
-            self.0.scheduled.store(false, Ordering::SeqCst);
+            self.0.turnstile.release();
         }
     }
 }
@@ -560,10 +559,6 @@ impl Servable for Shared {
         let guard = Scheduled(self);
         let more = self.turn(scratch);
         drop(guard);
-        self.kicks.fetch_or(more, Ordering::SeqCst);
-        self.scheduled.store(false, Ordering::SeqCst);
-        // A kick that came since the turn began found the device scheduled and went away.
-        let again = self.kicks.load(Ordering::SeqCst) != 0 || !self.submitted.1.is_empty();
-        again && !self.scheduled.swap(true, Ordering::SeqCst)
+        self.turnstile.leave(more, || !self.submitted.1.is_empty())
     }
 }

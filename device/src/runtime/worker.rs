@@ -286,23 +286,36 @@ impl Pool {
     fn work(&self, station: &Station) {
         let mut scratch = Scratch::default();
         while !self.stopping.load(Ordering::Acquire) {
-            if let Ok(part) = station.parts.1.try_recv() {
-                run_caught(part);
-                continue;
-            }
-            // One kick and one waiting device a turn: neither can keep the other from its turn.
-            let kick = station
-                .wait(station.serve.1.is_empty())
-                .filter(|id| *id != WAKE);
-            if let Some(device) = kick.and_then(|id| self.kicked(id)) {
-                self.serve(station, device, &mut scratch);
-            }
-            if let Ok(device) = station.serve.1.try_recv() {
-                self.serve(station, device, &mut scratch);
-            }
+            self.work_once(station, &mut scratch, true);
         }
         // One edge wakes one worker: pass it on so that all of them leave.
         station.wake.signal();
+    }
+
+    /// Waits for work, unless told not to, and does one piece of it; false if nothing was there.
+    fn work_once(&self, station: &Station, scratch: &mut Scratch, may_sleep: bool) -> bool {
+        if let Ok(part) = station.parts.1.try_recv() {
+            run_caught(part);
+            return true;
+        }
+        // One kick and one waiting device a turn: neither can keep the other from its turn.
+        let event = station.wait(may_sleep && station.serve.1.is_empty());
+        let kick = event.filter(|id| *id != WAKE);
+        if let Some(device) = kick.and_then(|id| self.kicked(id)) {
+            self.serve(station, device, scratch);
+        }
+        match station.serve.1.try_recv() {
+            Ok(device) => self.serve(station, device, scratch),
+            Err(_) => return event.is_some(),
+        }
+        true
+    }
+
+    /// What a worker of the first station would do next, done by the calling thread.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn work_inline(&self) -> bool {
+        let station = self.stations.first();
+        station.is_some_and(|station| self.work_once(station, &mut Scratch::default(), false))
     }
 
     /// The device that the kick `id` belongs to, if it is to be served now and by us.

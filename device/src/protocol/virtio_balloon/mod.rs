@@ -66,8 +66,10 @@ impl Features {
 const MAX_CHAIN_PFNS: u64 = 1 << 15;
 /// How much is served before other devices get a turn.
 const MAX_CHAINS_PER_TURN: usize = 256;
-/// Listed pages and reported ranges, each of which may cost a discard of its own, and descriptors: a
-/// chain may have tens of thousands of them and yet say nothing.
+/// Descriptors, as many as the largest queue has. A guest may have all its chains share one indirect table
+/// of empty buffers, which bring no entry: without this bound a turn would walk millions.
+const MAX_BUFFERS_PER_TURN: usize = 1 << 15;
+/// Listed pages and reported ranges, each of which may cost a discard of its own.
 const MAX_ENTRIES_PER_TURN: usize = 1 << 13;
 /// Reported memory: 1 GiB, eight times what Linux reports in a chain.
 const MAX_REPORTED_PAGES_PER_TURN: u64 = 1 << 18;
@@ -160,12 +162,13 @@ fn serve_batch(
     turn.scratch.pages.clear();
     turn.scratch.ranges.clear();
     turn.scratch.done.clear();
-    let (mut errors, mut segments) = (0, 0);
+    let (mut errors, mut buffers) = (0, 0);
     let end = loop {
         let scratch = &mut *turn.scratch;
         let reported_pages: u64 = scratch.ranges.iter().map(PfnRange::pages).sum();
         if scratch.done.len() >= MAX_CHAINS_PER_TURN
-            || scratch.pages.len() + scratch.ranges.len() + segments >= MAX_ENTRIES_PER_TURN
+            || buffers >= MAX_BUFFERS_PER_TURN
+            || scratch.pages.len() + scratch.ranges.len() >= MAX_ENTRIES_PER_TURN
             || reported_pages >= MAX_REPORTED_PAGES_PER_TURN
         {
             break Ok(false);
@@ -181,7 +184,7 @@ fn serve_batch(
                 } = scratch;
                 let understood = !chain.malformed && (handler.read)(chain, memory, pages, ranges);
                 errors += u64::from(!understood);
-                segments += chain.segments();
+                buffers += chain.buffers();
                 done.push((chain.token, 0));
             }
             Ok(false) => break Ok(true),
@@ -280,3 +283,8 @@ fn whole_pages(gpa: Gpa, length: u64) -> Option<PfnRange> {
         end: Pfn(end / page),
     })
 }
+
+#[cfg(test)]
+#[path = "turn_tests.rs"]
+#[allow(unsafe_code, reason = "elements are described by raw memory")]
+mod tests;
