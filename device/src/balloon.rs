@@ -3,6 +3,8 @@
 //! Invariants: I1 (a page is discarded only while its bit in the ownership bitmap is set, under the
 //! lock of the device that owns this core), I4 (each requested byte is entered exactly once).
 
+mod refusal;
+
 use crate::discard::plan::Piece;
 use crate::discard::{Discarder, Outcome};
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, Pfn, PfnRange, Region};
@@ -53,6 +55,8 @@ pub(crate) struct Balloon {
     inhibited: bool,
     /// Kept between calls for its allocation only.
     pieces: Vec<Piece>,
+    /// What was taken of an offer and is to be settled; else empty.
+    taken: Vec<Piece>,
 }
 
 impl Balloon {
@@ -66,6 +70,7 @@ impl Balloon {
             discarder,
             inhibited: false,
             pieces: Vec::new(),
+            taken: Vec::new(),
         }
     }
 
@@ -234,6 +239,7 @@ impl Balloon {
 
     /// The balloon is empty again: the guest owns every page (device reset).
     pub(crate) fn reset(&mut self, books: &Books) {
+        self.taken.clear();
         let empty = Ownership::new(&self.memory);
         self.replace(Arc::clone(&self.memory), empty, books);
     }

@@ -5,6 +5,8 @@
 //! flight: the lock is the drain barrier of pause, reset, inhibit and the memory table (I2). What
 //! vCPU threads and monitors need without waiting (configuration space, target, state) is outside.
 
+mod host_reset;
+
 use crate::balloon::{Balloon, bump};
 use crate::error::{Error, Result};
 use crate::event::EventFd;
@@ -114,8 +116,11 @@ impl Device {
     pub const SUPPORTED_FEATURES: u64 = Features::all().bits();
     /// What is offered if the configuration leaves the choice.
     pub const DEFAULT_FEATURES: u64 = Features::DEFAULT.bits();
-    /// The length of the configuration space in bytes.
+    /// The length of the configuration space in bytes, without HOST_RESET.
     pub const CONFIG_BYTES: usize = crate::protocol::virtio_balloon::CONFIG_BYTES;
+    /// Its length if HOST_RESET is offered.
+    pub const HOST_RESET_CONFIG_BYTES: usize =
+        crate::protocol::virtio_balloon::HOST_RESET_CONFIG_BYTES;
     /// The number of queues of the fixed numbering.
     pub const MAX_QUEUES: u16 = crate::protocol::virtio_balloon::QUEUES;
 
@@ -345,6 +350,12 @@ impl Device {
             self.shared
                 .books
                 .enter(|entry| bump(&mut entry.device().config_errors, 1));
+        }
+        if written.acknowledged_resets > 0 {
+            self.shared.books.enter(|entry| {
+                let acknowledged = &mut entry.device().host_resets_acknowledged;
+                bump(acknowledged, written.acknowledged_resets);
+            });
         }
         written.actual_changed
     }

@@ -185,6 +185,10 @@ impl Service {
             books: &shared.books,
             stats: &shared.stats,
             hints: &shared.hints,
+            config: &shared.config,
+            refusal: self
+                .features
+                .is_some_and(|f| f.contains(Features::PAGE_REFUSAL)),
             ballooned_bytes: &shared.ballooned_bytes,
             poisoned: shared.config.poison_val() != 0
                 && self
@@ -247,7 +251,7 @@ impl Shared {
             this: Weak::clone(this),
             pool: Arc::clone(runtime.pool()),
             offered,
-            config: ConfigSpace::default(),
+            config: ConfigSpace::new(offered),
             config_event,
             books: Books::new(usize::try_from(runtime.nodes()).unwrap_or(1)),
             stats: StatsBoard::default(),
@@ -382,7 +386,9 @@ impl Shared {
             let _ = self.stop_queue(service, index);
         }
         self.stats.reset();
-        self.config.reset();
+        let ended = self.config.reset();
+        self.books
+            .enter(|entry| bump(&mut entry.device().host_resets_acknowledged, ended));
         self.hints.reset(&self.config);
         service.features = None;
         service.state = DeviceState::Configuring;

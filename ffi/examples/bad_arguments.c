@@ -202,6 +202,7 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_pause(NULL));
     REFUSED(EFAULT, aerostat_device_resume(NULL));
     REFUSED(EFAULT, aerostat_device_reset(NULL));
+    REFUSED(EFAULT, aerostat_device_reset_balloon(NULL));
     REFUSED(EFAULT, aerostat_device_inhibit(NULL));
     REFUSED(EFAULT, aerostat_device_uninhibit(NULL));
     REFUSED(EFAULT, aerostat_device_read_config(NULL, 0, &features, 8));

@@ -203,6 +203,11 @@ impl Vm {
         Ok(bytes)
     }
 
+    /// Gives all ballooned pages back to the guest at once.
+    pub(crate) fn reset_balloon(&self) -> Result<(), VmError> {
+        Ok(self.attached()?.device.reset_balloon()?)
+    }
+
     /// The guest's statistics; waits up to `timeout` for news.
     ///
     /// It waits in slices: whoever waits holds on to the device and so to the guest's memory, which

@@ -38,6 +38,8 @@ pub(crate) struct Scratch {
     pub(crate) done: Vec<(u64, u32)>,
     pub(crate) pages: Vec<Pfn>,
     pub(crate) ranges: Vec<PfnRange>,
+    /// A bit for each page of one inflate buffer that was refused.
+    pub(crate) refused: Vec<u8>,
 }
 
 type Part = Box<dyn FnOnce() + Send>;
