@@ -3,15 +3,17 @@
 //! Invariants: I1 (a page is discarded only while its bit in the ownership bitmap is set, under the
 //! lock of the device that owns this core), I4 (each requested byte is entered exactly once).
 
+mod refusal;
+mod write_behind;
+
+use crate::discard::Discarder;
 use crate::discard::plan::Piece;
-use crate::discard::window::{Flight, Load, Window};
-use crate::discard::{Discarder, WriteBehind};
+use crate::discard::window::Window;
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, Pfn, PfnRange, Region};
-use crate::metrics::{Books, Counters, Flow};
+use crate::metrics::{Books, Counters, Entry, Flow};
 use crate::pages::ownership::{Bitmap, Ownership};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Pages to bytes.
 fn bytes(pages: u64) -> u64 {
@@ -56,6 +58,8 @@ pub(crate) struct Balloon {
     window: Window,
     /// Kept between calls for its allocation only.
     pieces: Vec<Piece>,
+    /// What was taken of an offer and is to be settled; else empty.
+    taken: Vec<Piece>,
 }
 
 impl Balloon {
@@ -70,6 +74,7 @@ impl Balloon {
             discarder,
             inhibited: false,
             pieces: Vec::new(),
+            taken: Vec::new(),
         }
     }
 
@@ -83,83 +88,19 @@ impl Balloon {
         bytes(self.ballooned_pages)
     }
 
+    /// What is in the balloon, run by run.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn ranges(&self) -> Vec<PfnRange> {
+        let mut ranges = Vec::new();
+        self.ownership.runs(|run| ranges.push(run));
+        ranges
+    }
+
     /// From now on nothing is discarded, or discarded again. What was acknowledged before is
     /// discarded first.
     pub(crate) fn set_inhibited(&mut self, inhibited: bool, books: &Books) {
         self.drain(books);
         self.inhibited = inhibited;
-    }
-
-    /// Changes when acknowledged pages are discarded. What waits is discarded first.
-    pub(crate) fn set_write_behind(&mut self, setting: WriteBehind, books: &Books) {
-        self.drain(books);
-        self.window.set(setting);
-    }
-
-    /// When pages that were acknowledged are due to be discarded; `None` while a flush is under way,
-    /// whose end is what to wait for.
-    pub(crate) fn flush_deadline(&mut self) -> Option<Instant> {
-        self.window.land();
-        if self.window.flight().is_some() {
-            None
-        } else {
-            self.window.deadline()
-        }
-    }
-
-    /// Flushes the window if it is due, or if nothing more is to be expected (`settled`): a worker does
-    /// it while the guest goes on, and calls `landed` when it is done. Waits only for an earlier flush
-    /// that the guest outran.
-    pub(crate) fn flush_if_due(
-        &mut self,
-        settled: bool,
-        books: &Arc<Books>,
-        landed: impl FnOnce() + Send + 'static,
-    ) {
-        self.window.land();
-        if self.window.is_empty() || !(settled || self.window.is_due()) {
-            return;
-        }
-        if self.window.flight().is_some() {
-            if !self.window.is_overfull() {
-                return;
-            }
-            self.wait_for_flight();
-        }
-        let load = self.window.unload(&self.memory, &mut self.ownership);
-        let Some(pool) = self.discarder.pool() else {
-            load.carry_out(&self.memory, &self.discarder, books);
-            return;
-        };
-        let (end, done) = crossbeam_channel::bounded(0);
-        let (memory, books) = (Arc::clone(&self.memory), Arc::clone(books));
-        let (discarder, pieces) = (self.discarder.alone(), load.bridged.clone());
-        let node = pieces.first().and_then(|piece| self.node(piece));
-        pool.spawn(
-            node,
-            Box::new(move || {
-                load.carry_out(&memory, &discarder, &books);
-                // Whoever waits may unmap the memory as soon as the channel closes.
-                drop(memory);
-                drop::<crossbeam_channel::Sender<()>>(end);
-                landed();
-            }),
-        );
-        self.window.set_flight(Some(Flight { pieces, done }));
-    }
-
-    /// Returns when nothing is pending: every acknowledged page is discarded.
-    pub(crate) fn drain(&mut self, books: &Books) {
-        self.wait_for_flight();
-        let load = self.window.unload(&self.memory, &mut self.ownership);
-        load.carry_out(&self.memory, &self.discarder, books);
-    }
-
-    fn wait_for_flight(&mut self) {
-        if let (Some(flight), Some(pool)) = (self.window.flight(), self.discarder.pool()) {
-            pool.wait_helping(&flight.done);
-        }
-        self.window.set_flight(None);
     }
 
     /// The guest puts `ranges` in: sorted and disjoint, otherwise as the guest sent them.
@@ -210,11 +151,7 @@ impl Balloon {
             }
         });
         self.complete_frames(&mut pieces, books);
-        if self.window.is_open() && !self.inhibited && !self.has_pinned() {
-            self.window.add(&pieces);
-        } else {
-            self.discard(&pieces, Account::Balloon, books);
-        }
+        self.release(&pieces, books);
         self.pieces = pieces;
     }
 
@@ -226,6 +163,7 @@ impl Balloon {
                 &mut entry.device().rejected_take_bytes,
                 bytes(duplicate_pages),
             );
+            let mut open: Option<OpenFrame> = None;
             for &range in ranges {
                 let (memory, ownership) = (&self.memory, &mut self.ownership);
                 let window = &mut self.window;
@@ -233,30 +171,27 @@ impl Balloon {
                     let Some(bitmap) = ownership.region(index) else {
                         return;
                     };
-                    let counters = entry.node(region.node);
                     let mut taken_pages = 0;
                     if region.pages_per_frame() == 1 {
                         bitmap.remove(range, |run| taken_pages += run.pages());
+                        let flow = &mut entry.node(region.node).balloon;
                         window.remove(index, range, |run| {
-                            lower(&mut counters.balloon.pending_bytes, run.bytes());
-                            bump(&mut counters.balloon.withdrawn_bytes, run.bytes());
+                            lower(&mut flow.pending_bytes, run.bytes());
+                            bump(&mut flow.withdrawn_bytes, run.bytes());
                         });
                     } else {
                         for frame in frames(region, range) {
-                            let mut before = held_bytes(bitmap, frame);
+                            let open = OpenFrame::switch(&mut open, frame, region, bitmap, entry);
                             // A frame that waits to be discarded no longer does: it is held again.
-                            window.remove(index, frame, |run| {
-                                lower(&mut counters.balloon.pending_bytes, run.bytes());
-                                bump(&mut counters.balloon.held_bytes, run.bytes());
-                                before = run.bytes();
-                            });
+                            window.remove(index, frame, |run| open.waiting_bytes += run.bytes());
                             bitmap.remove(frame.intersection(range), |run| {
                                 taken_pages += run.pages();
+                                open.after_pages -= run.pages();
                             });
-                            set_held(&mut counters.balloon, before, held_bytes(bitmap, frame));
                         }
                     }
                     self.ballooned_pages -= taken_pages;
+                    let counters = entry.node(region.node);
                     bump(&mut counters.returned_bytes, bytes(taken_pages));
                     bump(
                         &mut counters.rejected_take_bytes,
@@ -264,6 +199,9 @@ impl Balloon {
                     );
                 });
                 bump(&mut entry.device().rejected_take_bytes, bytes(outside));
+            }
+            if let Some(open) = open {
+                open.close(entry);
             }
         });
     }
@@ -326,6 +264,7 @@ impl Balloon {
                 bump(&mut flow.withdrawn_bytes, piece.range.bytes());
             }
         });
+        self.taken.clear();
         let empty = Ownership::new(&self.memory);
         self.replace(Arc::clone(&self.memory), empty, books);
     }
@@ -423,22 +362,6 @@ impl Balloon {
         });
     }
 
-    /// Waits for a flush that has pages of `ranges`.
-    fn land_before(&mut self, ranges: &[PfnRange]) {
-        let held = |range: &PfnRange| {
-            let mut held = false;
-            in_regions(&self.memory, *range, |index, region, range| {
-                // Frames are discarded as a whole.
-                let range = whole_frames_around(region, range);
-                held |= self.window.flight_with(index, range).is_some();
-            });
-            held
-        };
-        if self.window.flight().is_some() && ranges.iter().any(held) {
-            self.wait_for_flight();
-        }
-    }
-
     fn has_pinned(&self) -> bool {
         self.memory.regions().iter().any(|region| region.pinned)
     }
@@ -470,20 +393,6 @@ impl Balloon {
                 }
             }
         });
-    }
-}
-
-impl Load {
-    /// Discards what was in the window.
-    fn carry_out(&self, memory: &Arc<GuestMemory>, discarder: &Discarder, books: &Books) {
-        carry_out(
-            memory,
-            discarder,
-            &self.exact,
-            &self.bridged,
-            Account::Balloon,
-            books,
-        );
     }
 }
 
@@ -538,7 +447,7 @@ fn carry_out(
 
 /// Calls `each` for the part of `range` in every region it touches; returns how many of its pages
 /// are in none.
-fn in_regions(
+pub(crate) fn in_regions(
     memory: &GuestMemory,
     range: PfnRange,
     mut each: impl FnMut(usize, &Region, PfnRange),
@@ -587,11 +496,60 @@ fn whole_frames(region: &Region, range: PfnRange) -> Option<PfnRange> {
 
 /// The bytes of `frame` that are in the balloon without the frame being complete.
 fn held_bytes(bitmap: &Bitmap, frame: PfnRange) -> u64 {
-    let pages = bitmap.count(frame);
+    held_of(frame, bitmap.count(frame))
+}
+
+/// What `pages` pages in the balloon hold of `frame`: nothing once it is complete.
+fn held_of(frame: PfnRange, pages: u64) -> u64 {
     if pages == frame.pages() {
         0
     } else {
         bytes(pages)
+    }
+}
+
+/// A huge frame that pages are being taken from. It is counted once, not once a page: a frame has up
+/// to 4 Mi pages, and the guest decides how many ranges it names in it (I3).
+struct OpenFrame {
+    frame: PfnRange,
+    node: Option<NodeId>,
+    before_pages: u64,
+    after_pages: u64,
+    /// What of it waited to be discarded: all, or nothing.
+    waiting_bytes: u64,
+}
+
+impl OpenFrame {
+    /// Goes on with `frame`; the one before it is entered.
+    fn switch<'a>(
+        open: &'a mut Option<Self>,
+        frame: PfnRange,
+        region: &Region,
+        bitmap: &Bitmap,
+        entry: &mut Entry<'_>,
+    ) -> &'a mut Self {
+        if let Some(last) = open.take_if(|open| open.frame != frame) {
+            last.close(entry);
+        }
+        open.get_or_insert_with(|| {
+            let pages = bitmap.count(frame);
+            Self {
+                frame,
+                node: region.node,
+                before_pages: pages,
+                after_pages: pages,
+                waiting_bytes: 0,
+            }
+        })
+    }
+
+    fn close(self, entry: &mut Entry<'_>) {
+        let flow = &mut entry.node(self.node).balloon;
+        lower(&mut flow.pending_bytes, self.waiting_bytes);
+        bump(&mut flow.held_bytes, self.waiting_bytes);
+        let before = self.waiting_bytes + held_of(self.frame, self.before_pages);
+        let after = held_of(self.frame, self.after_pages);
+        set_held(flow, before, after);
     }
 }
 

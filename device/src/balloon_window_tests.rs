@@ -2,6 +2,7 @@
 
 use super::tests::{Guest, guest, huge, range};
 use super::*;
+use crate::discard::WriteBehind;
 use crate::runtime::{Runtime, RuntimeConfig};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};

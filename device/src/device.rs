@@ -5,6 +5,8 @@
 //! flight: the lock is the drain barrier of pause, reset, inhibit and the memory table (I2). What
 //! vCPU threads and monitors need without waiting (configuration space, target, state) is outside.
 
+mod host_reset;
+
 use crate::balloon::{Balloon, bump};
 use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
@@ -115,8 +117,11 @@ impl Device {
     pub const SUPPORTED_FEATURES: u64 = Features::all().bits();
     /// What is offered if the configuration leaves the choice.
     pub const DEFAULT_FEATURES: u64 = Features::DEFAULT.bits();
-    /// The length of the configuration space in bytes.
+    /// The length of the configuration space in bytes, without HOST_RESET.
     pub const CONFIG_BYTES: usize = crate::protocol::virtio_balloon::CONFIG_BYTES;
+    /// Its length if HOST_RESET is offered.
+    pub const HOST_RESET_CONFIG_BYTES: usize =
+        crate::protocol::virtio_balloon::HOST_RESET_CONFIG_BYTES;
     /// The number of queues of the fixed numbering.
     pub const MAX_QUEUES: u16 = crate::protocol::virtio_balloon::QUEUES;
 
@@ -143,7 +148,7 @@ impl Device {
         let device: Weak<dyn Servable> =
             Arc::downgrade(&(Arc::clone(&shared) as Arc<dyn Servable>));
         let home = runtime.pool().station_of(None);
-        let timer = shared.timer.descriptor()?;
+        let timer = shared.timer_descriptor()?;
         let timer = runtime
             .pool()
             .register(home, timer, device, Shared::TIMER)?;
@@ -223,7 +228,9 @@ impl Device {
         self.shared
             .start_queue(self.runtime.pool(), &mut service, index, queue)?;
         if service.state == DeviceState::Active {
-            self.shared.schedule(1 << index);
+            // All of them: another queue may have got its role, or got it back, by this one (dense and
+            // fixed numbers), and its kicks came to nothing before.
+            self.shared.schedule(service.started());
         }
         Ok(())
     }
@@ -365,6 +372,12 @@ impl Device {
                 .books
                 .enter(|entry| bump(&mut entry.device().config_errors, 1));
         }
+        if written.acknowledged_resets > 0 {
+            self.shared.books.enter(|entry| {
+                let acknowledged = &mut entry.device().host_resets_acknowledged;
+                bump(acknowledged, written.acknowledged_resets);
+            });
+        }
         written.actual_changed
     }
 
@@ -406,6 +419,18 @@ impl Device {
     #[must_use]
     pub fn ballooned_bytes(&self) -> u64 {
         self.shared.ballooned_bytes.load(Ordering::Acquire)
+    }
+
+    /// What the ownership bitmap holds, run by run, for tests that keep books of their own.
+    #[cfg(feature = "fuzzing")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn ballooned_ranges(&self) -> Vec<PfnRange> {
+        let service = self.shared.service.lock();
+        service
+            .balloon
+            .as_ref()
+            .map_or_else(Vec::new, Balloon::ranges)
     }
 
     /// The sum of the memory table's regions; 0 without a table.

@@ -29,6 +29,7 @@ mod protocol;
 mod ring;
 pub mod runtime;
 mod service;
+mod sync;
 
 pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
 pub use discard::WriteBehind;

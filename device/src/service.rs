@@ -1,5 +1,7 @@
 //! What a worker does with a device, and the state that it needs the lock for.
 
+mod turnstile;
+
 use crate::balloon::{Balloon, bump};
 use crate::device::{DeviceState, QueueConfig, QueuePosition};
 use crate::discard::WriteBehind;
@@ -16,9 +18,11 @@ use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable, Timer};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
+use turnstile::Turnstile;
 
 /// The most elements that may wait for a device. VMMs have at most a queue's worth outstanding.
 const MAX_WAITING_ELEMENTS: usize = 1 << 16;
@@ -53,16 +57,15 @@ pub(crate) struct Shared {
     pub(crate) books: Arc<Books>,
     pub(crate) stats: StatsBoard,
     pub(crate) hints: HintBoard,
-    pub(crate) timer: Timer,
     /// When pages that wait to be discarded are due.
     flush_due: Mutex<Option<Instant>>,
+    /// Locked from when it is found out what is due next until it is set so.
+    timer: Mutex<Timer>,
     pub(crate) service: Mutex<Service>,
     /// The station that serves the device: that of most of its memory.
     pub(crate) home: AtomicUsize,
-    /// Queues that were kicked and not looked at since, a bit each.
-    kicks: AtomicU32,
-    /// Whether a worker has the device, or it is on its way to one.
-    scheduled: AtomicBool,
+    /// Queues that were kicked and not looked at since, and whether a worker sees to them.
+    turnstile: Turnstile,
     submitted: (Sender<Element>, Receiver<Element>),
     completed: (Sender<Completion>, Receiver<Completion>),
     completion_event: Option<Arc<EventFd>>,
@@ -209,6 +212,10 @@ impl Service {
             books: &shared.books,
             stats: &shared.stats,
             hints: &shared.hints,
+            config: &shared.config,
+            refusal: self
+                .features
+                .is_some_and(|f| f.contains(Features::PAGE_REFUSAL)),
             ballooned_bytes: &shared.ballooned_bytes,
             poisoned: shared.config.poison_val() != 0
                 && self
@@ -274,17 +281,16 @@ impl Shared {
             this: Weak::clone(this),
             pool: Arc::clone(runtime.pool()),
             offered,
-            config: ConfigSpace::default(),
+            config: ConfigSpace::new(offered),
             config_event,
             books: Arc::new(Books::new(usize::try_from(runtime.nodes()).unwrap_or(1))),
             stats: StatsBoard::default(),
             hints: HintBoard::default(),
-            timer,
             flush_due: Mutex::new(None),
+            timer: Mutex::new(timer),
             service: Mutex::new(service),
             home: AtomicUsize::new(0),
-            kicks: AtomicU32::new(0),
-            scheduled: AtomicBool::new(false),
+            turnstile: Turnstile::new(),
             submitted: unbounded(),
             completed: unbounded(),
             completion_event,
@@ -411,7 +417,9 @@ impl Shared {
             let _ = self.stop_queue(service, index);
         }
         self.stats.reset();
-        self.config.reset();
+        let ended = self.config.reset();
+        self.books
+            .enter(|entry| bump(&mut entry.device().host_resets_acknowledged, ended));
         self.hints.reset(&self.config);
         service.features = None;
         service.state = DeviceState::Configuring;
@@ -419,7 +427,7 @@ impl Shared {
             balloon.reset(&self.books);
         }
         service.open_window(&self.books);
-        self.kicks.store(0, Ordering::Release);
+        self.turnstile.forget();
         self.show(service);
     }
 
@@ -504,18 +512,23 @@ impl Shared {
 
     /// Notes work; true if the caller has to bring the device to a worker.
     pub(crate) fn wake(&self, queues: u32) -> bool {
-        self.kicks.fetch_or(queues, Ordering::SeqCst);
-        !self.scheduled.swap(true, Ordering::SeqCst)
+        self.turnstile.note(queues)
+    }
+
+    /// Another descriptor of the timer, to listen on.
+    pub(crate) fn timer_descriptor(&self) -> Result<OwnedFd> {
+        self.timer.lock().descriptor()
     }
 
     /// Sets the timer for whatever is due next.
     pub(crate) fn set_timer(&self) {
+        let timer = self.timer.lock();
         let due = [
             self.hints.deadline(),
             self.stats.next_poll(),
             *self.flush_due.lock(),
         ];
-        self.timer.arm(due.into_iter().flatten().min());
+        timer.arm(due.into_iter().flatten().min());
     }
 
     /// Does what is due; returns what is to be done as if it had been kicked for.
@@ -563,7 +576,7 @@ impl Shared {
     /// One turn under the lock; returns the queues that have more.
     fn turn(&self, scratch: &mut Scratch) -> u32 {
         let mut service = self.service.lock();
-        let mut kicks = self.kicks.swap(0, Ordering::SeqCst);
+        let mut kicks = self.turnstile.collect();
         if kicks & (1 << Self::TIMER) != 0 {
             kicks |= self.on_timer();
         }
@@ -596,7 +609,7 @@ impl Drop for Scheduled<'_> {
             let mut service = self.0.service.lock();
             service.state = DeviceState::NeedsReset;
             self.0.show(&service);
-            self.0.scheduled.store(false, Ordering::SeqCst);
+            self.0.turnstile.release();
         }
     }
 }
@@ -610,10 +623,6 @@ impl Servable for Shared {
         let guard = Scheduled(self);
         let more = self.turn(scratch);
         drop(guard);
-        self.kicks.fetch_or(more, Ordering::SeqCst);
-        self.scheduled.store(false, Ordering::SeqCst);
-        // A kick that came since the turn began found the device scheduled and went away.
-        let again = self.kicks.load(Ordering::SeqCst) != 0 || !self.submitted.1.is_empty();
-        again && !self.scheduled.swap(true, Ordering::SeqCst)
+        self.turnstile.leave(more, || !self.submitted.1.is_empty())
     }
 }

@@ -71,7 +71,7 @@ impl Attached {
 }
 
 /// What every driver of a virtual machine finds.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Offer {
     /// The feature bits; 0 is the device's default.
     pub(crate) features: u64,
@@ -213,6 +213,11 @@ impl Vm {
         Ok(bytes)
     }
 
+    /// Gives all ballooned pages back to the guest at once.
+    pub(crate) fn reset_balloon(&self) -> Result<(), VmError> {
+        Ok(self.attached()?.device.reset_balloon()?)
+    }
+
     /// The guest's statistics; waits up to `timeout` for news.
     ///
     /// It waits in slices: whoever waits holds on to the device and so to the guest's memory, which
@@ -297,7 +302,11 @@ impl Vm {
     /// A level that is raised whenever the driver's `actual` changes, as long as it is kept.
     pub(crate) fn watch_actual(&self) -> io::Result<Arc<Wake>> {
         let wake = Arc::new(Wake::new()?);
-        self.watchers.lock().push(Arc::downgrade(&wake));
+        let mut watchers = self.watchers.lock();
+        // Those who left since the last change: clients come and go while a guest does nothing.
+        watchers.retain(|watcher| watcher.strong_count() > 0);
+        watchers.push(Arc::downgrade(&wake));
+        drop(watchers);
         Ok(wake)
     }
 }

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::memory::{NodeId, Pfn, PfnRange};
 use crate::ring::chain::Chain;
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Select, Sender, unbounded};
 use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -38,6 +38,8 @@ pub(crate) struct Scratch {
     pub(crate) done: Vec<(u64, u32)>,
     pub(crate) pages: Vec<Pfn>,
     pub(crate) ranges: Vec<PfnRange>,
+    /// A bit for each page of one inflate buffer that was refused.
+    pub(crate) refused: Vec<u8>,
 }
 
 pub(crate) type Part = Box<dyn FnOnce() + Send>;
@@ -261,7 +263,7 @@ impl Pool {
     /// node, as all workers of one may be waiting for what the caller has locked.
     pub(crate) fn wait_helping<T>(&self, values: &Receiver<T>) -> Option<T> {
         loop {
-            let mut select = crossbeam_channel::Select::new();
+            let mut select = Select::new();
             let value = select.recv(values);
             for station in &self.stations {
                 select.recv(&station.parts.1);
@@ -302,23 +304,36 @@ impl Pool {
     fn work(&self, station: &Station) {
         let mut scratch = Scratch::default();
         while !self.stopping.load(Ordering::Acquire) {
-            if let Ok(part) = station.parts.1.try_recv() {
-                run_caught(part);
-                continue;
-            }
-            // One kick and one waiting device a turn: neither can keep the other from its turn.
-            let kick = station
-                .wait(station.serve.1.is_empty())
-                .filter(|id| *id != WAKE);
-            if let Some(device) = kick.and_then(|id| self.kicked(id)) {
-                self.serve(station, device, &mut scratch);
-            }
-            if let Ok(device) = station.serve.1.try_recv() {
-                self.serve(station, device, &mut scratch);
-            }
+            self.work_once(station, &mut scratch, true);
         }
         // One edge wakes one worker: pass it on so that all of them leave.
         station.wake.signal();
+    }
+
+    /// Waits for work, unless told not to, and does one piece of it; false if nothing was there.
+    fn work_once(&self, station: &Station, scratch: &mut Scratch, may_sleep: bool) -> bool {
+        if let Ok(part) = station.parts.1.try_recv() {
+            run_caught(part);
+            return true;
+        }
+        // One kick and one waiting device a turn: neither can keep the other from its turn.
+        let event = station.wait(may_sleep && station.serve.1.is_empty());
+        let kick = event.filter(|id| *id != WAKE);
+        if let Some(device) = kick.and_then(|id| self.kicked(id)) {
+            self.serve(station, device, scratch);
+        }
+        match station.serve.1.try_recv() {
+            Ok(device) => self.serve(station, device, scratch),
+            Err(_) => return event.is_some(),
+        }
+        true
+    }
+
+    /// What a worker of the first station would do next, done by the calling thread.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn work_inline(&self) -> bool {
+        let station = self.stations.first();
+        station.is_some_and(|station| self.work_once(station, &mut Scratch::default(), false))
     }
 
     /// The device that the kick `id` belongs to, if it is to be served now and by us.
@@ -386,3 +401,7 @@ pub(super) fn spawn(pool: &Arc<Pool>, station: usize, number: u32) -> Result<Joi
             source,
         })
 }
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;

@@ -177,6 +177,8 @@ impl Device {
         resume => aerostat_device_resume;
         /// Status 0.
         reset => aerostat_device_reset;
+        /// Gives the whole balloon back to the guest.
+        reset_balloon => aerostat_device_reset_balloon;
         /// Forbids discarding and drains.
         inhibit => aerostat_device_inhibit;
         /// Allows it again.

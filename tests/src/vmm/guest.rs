@@ -224,7 +224,10 @@ impl Guest {
             let config = queue_config(queue, self.config.elements);
             self.device.start_queue(index, &config)?;
         }
-        self.driver.lock().restart(queues);
+        let mut driver = self.driver.lock();
+        driver.restart(queues);
+        driver.set_features(features);
+        drop(driver);
         Ok(())
     }
 

@@ -81,6 +81,7 @@ symbols! {
     aerostat_device_pause(*mut aerostat_device) -> c_int;
     aerostat_device_resume(*mut aerostat_device) -> c_int;
     aerostat_device_reset(*mut aerostat_device) -> c_int;
+    aerostat_device_reset_balloon(*mut aerostat_device) -> c_int;
     aerostat_device_inhibit(*mut aerostat_device) -> c_int;
     aerostat_device_uninhibit(*mut aerostat_device) -> c_int;
     aerostat_device_set_target(*mut aerostat_device, u64) -> c_int;
