@@ -27,6 +27,10 @@ use turnstile::Turnstile;
 /// The most elements that may wait for a device. VMMs have at most a queue's worth outstanding.
 const MAX_WAITING_ELEMENTS: usize = 1 << 16;
 
+/// How many broken queues of a device are worth a warning each: a guest that breaks them and resets
+/// its device for ever must not be able to fill a log (I3).
+const MAX_LOGGED_BREAKS: u64 = 20;
+
 /// A started queue.
 #[derive(Debug)]
 pub(crate) struct Queue {
@@ -243,7 +247,14 @@ impl Service {
                 Ok(true) => more = more.map(|mask| mask | 1 << index),
                 Ok(false) => {}
                 Err(error) => {
-                    log::warn!("queue {index} broke: {error}; the device needs a reset");
+                    let level = match shared.books.total().broken_rings {
+                        0..MAX_LOGGED_BREAKS => log::Level::Warn,
+                        _ => log::Level::Debug,
+                    };
+                    log::log!(
+                        level,
+                        "queue {index} broke: {error}; the device needs a reset"
+                    );
                     more = Err(error);
                     break;
                 }
