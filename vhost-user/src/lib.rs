@@ -1,8 +1,8 @@
 //! `aerostat-vhost-user`: the balloon device for virtual machine monitors that speak vhost-user.
 //!
-//! One process serves many virtual machines, each on a socket of its own: [`listener`] accepts,
-//! [`session`] does what the front-end's messages ([`message`], [`channel`]) say with its memory
-//! ([`mapping`]) and rings ([`ring`]), [`vm`] is what stays between sessions, and [`control`] is how
+//! One process serves many virtual machines, each on a socket of its own: `listener` accepts,
+//! `session` does what the front-end's messages (`message`, `channel`) say with its memory
+//! (`mapping`) and rings (`ring`), `vm` is what stays between sessions, and `control` is how
 //! operators and tools get at it. They share one runtime of worker threads; beyond it, each virtual
 //! machine has two threads that sleep unless somebody talks to them.
 

@@ -44,14 +44,14 @@ struct Case {
 
 fn number(limit: u16) -> impl Strategy<Value = u16> {
     // Mostly inside the table, and a little beyond its end.
-    prop_oneof![8 => 0..limit, 1 => 0..limit + 3, 1 => any::<u16>()]
+    prop_oneof![30 => 0..limit, 1 => 0..limit + 3, 1 => any::<u16>()]
 }
 
 fn entry(limit: u16) -> impl Strategy<Value = Entry> {
     let buffer = (
         prop_oneof![Just(0x5000u64), Just(BYTES - 8), any::<u64>()],
         prop_oneof![6 => 0u32..0x2000, 1 => Just(1u32 << 31), 1 => any::<u32>()],
-        prop_oneof![Just(0u16), Just(NEXT), Just(WRITE), Just(NEXT | WRITE)],
+        prop_oneof![1 => Just(0), 2 => Just(NEXT), 1 => Just(WRITE), 3 => Just(NEXT | WRITE)],
         number(limit),
     );
     let table = (
@@ -60,7 +60,7 @@ fn entry(limit: u16) -> impl Strategy<Value = Entry> {
         prop_oneof![4 => Just(INDIRECT), 2 => Just(INDIRECT | WRITE), 1 => Just(INDIRECT | NEXT)],
         number(limit),
     );
-    prop_oneof![5 => buffer, 1 => table]
+    prop_oneof![9 => buffer, 1 => table]
 }
 
 fn case() -> impl Strategy<Value = Case> {

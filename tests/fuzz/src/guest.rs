@@ -214,20 +214,23 @@ impl Guest {
 
     /// The driver writes; what is outside memory, or in ROM, is left out.
     pub fn write(&mut self, gpa: u64, bytes: &[u8]) {
-        for (offset, byte) in (0..).zip(bytes) {
-            let Some(at) = gpa.checked_add(offset) else {
+        let mut done = 0;
+        while let (Some(rest), Some(at)) = (bytes.get(done..), gpa.checked_add(done as u64)) {
+            let offset = usize::try_from(at % PAGE as u64).unwrap_or(0);
+            let count = rest.len().min(PAGE - offset);
+            if count == 0 {
                 return;
-            };
-            let Some(index) = self.index_of(at) else {
-                continue;
-            };
-            if self.kind(index) == Kind::Rom {
-                continue;
             }
-            let offset = usize::try_from(at).unwrap_or(0) % PAGE;
-            // SAFETY: inside a writable page of the guest's own mapping, which no reference covers.
-            unsafe { ((self.pages[index].hva + offset) as *mut u8).write(*byte) };
-            self.shadow[index * PAGE + offset] = *byte;
+            done += count;
+            let index = self.index_of(at);
+            let Some(index) = index.filter(|index| self.kind(*index) != Kind::Rom) else {
+                continue;
+            };
+            let to = (self.pages[index].hva + offset) as *mut u8;
+            // SAFETY: `count` bytes inside a writable page of the guest's own mapping, which no
+            // reference covers.
+            unsafe { std::ptr::copy_nonoverlapping(rest.as_ptr(), to, count) };
+            self.shadow[index * PAGE + offset..][..count].copy_from_slice(&rest[..count]);
         }
     }
 
