@@ -910,8 +910,8 @@ int aerostat_device_state(const struct aerostat_device *device);
  * covered may be unmapped. Running rings have to lie in the new table too. Balloon pages in
  * regions that went away are forgotten.
  *
- * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table: the
- * old one stays in use).
+ * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table) or
+ * -EROFS (it is in a read-only region of it): the old one stays in use.
  *
  * Lifetime: the device keeps what it needs of memory, which may be destroyed at once; its mappings
  * have to stay (see aerostat_memory_new()).
@@ -1097,6 +1097,7 @@ int aerostat_device_write_config(struct aerostat_device *device,
  * -EINVAL (an unknown flag, a queue_size that is not allowed, or a position outside the ring),
  * -EADDRNOTAVAIL (an address is not aligned),
  * -ERANGE (a ring is not inside one memory region),
+ * -EROFS (what the device writes to of a ring is in an AEROSTAT_REGION_READONLY region),
  * -EBADF (kick_fd is no open eventfd, or call_fd neither -1 nor one),
  * -ENOTCONN (features or memory are not set, or the device needs a reset),
  * -EMSGSIZE, -E2BIG (config->size),
@@ -1207,6 +1208,35 @@ int aerostat_device_set_target(struct aerostat_device *device,
  * Threads: any. Never waits. The values are each current, but not all of one instant.
  */
 int aerostat_device_query(const struct aerostat_device *device, struct aerostat_balloon *out);
+
+/**
+ * Lets inflated pages wait before they are discarded, so that many go at once: until limit_bytes wait,
+ * until the first of them has waited delay_ms, or until the target is reached. A guest that inflates
+ * is acknowledged at once. 32 MiB and 10 ms suit stock guests; limit_bytes 0 (the default) discards
+ * before each acknowledgement.
+ *
+ * It takes effect while AEROSTAT_FEATURE_MUST_TELL_HOST is negotiated: then a guest does not use pages
+ * of the balloon before their deflate is acknowledged (requirement S7). Pages that wait count as
+ * pending_bytes (invariant I4). They are discarded before aerostat_device_pause(), _inhibit(),
+ * _set_memory(), _stop_queue() and this call return, and not at all if the guest takes them back or
+ * the device is reset. The setting survives a reset.
+ *
+ * Returns: 0, or -EFAULT (device is NULL).
+ *
+ * Threads: any. Waits until what waited is discarded, which takes some milliseconds.
+ */
+int aerostat_device_set_write_behind(struct aerostat_device *device,
+                                     uint64_t limit_bytes,
+                                     uint32_t delay_ms);
+
+/**
+ * Discards what waits (aerostat_device_set_write_behind()) now: when the host needs memory at once.
+ *
+ * Returns: 0, or -EFAULT (device is NULL).
+ *
+ * Threads: any. Waits until it is discarded, which takes some milliseconds.
+ */
+int aerostat_device_flush(struct aerostat_device *device);
 
 /**
  * Tells what the guest last said of its memory. With a timeout it asks the guest first and waits

@@ -12,15 +12,15 @@ use std::os::unix::fs::MetadataExt;
 
 const FRAME: u64 = 512;
 
-struct Guest {
-    balloon: Balloon,
+pub(super) struct Guest {
+    pub(super) balloon: Balloon,
     books: Books,
     file: File,
-    _map: MmapRaw,
+    map: MmapRaw,
 }
 
 /// A guest on a file of 8 MiB at guest address 2 MiB, all of it touched.
-fn guest(change: impl Fn(&mut Region)) -> Guest {
+pub(super) fn guest(change: impl Fn(&mut Region)) -> Guest {
     const BYTES: u64 = 8 << 20;
     let file = tempfile::tempfile_in("/dev/shm").unwrap();
     file.set_len(BYTES).unwrap();
@@ -51,15 +51,15 @@ fn guest(change: impl Fn(&mut Region)) -> Guest {
         balloon: Balloon::new(memory, discarder),
         books: Books::new(1),
         file,
-        _map: map,
+        map,
     }
 }
 
-fn huge(region: &mut Region) {
+pub(super) fn huge(region: &mut Region) {
     region.page_size_bytes = FRAME * 4096;
 }
 
-fn range(start: u64, pages: u64) -> PfnRange {
+pub(super) fn range(start: u64, pages: u64) -> PfnRange {
     PfnRange::new(Pfn(start), pages)
 }
 
@@ -67,6 +67,24 @@ impl Guest {
     fn give(&mut self, ranges: &[PfnRange]) -> Flow {
         self.balloon.give(ranges, 0, &self.books);
         self.flow()
+    }
+
+    /// The byte of a page of the region, which the file begins with.
+    fn byte(&self, page: u64) -> *mut u8 {
+        assert!((512..2560).contains(&page));
+        self.map
+            .as_mut_ptr()
+            .wrapping_add((page as usize - 512) * 4096 + 7)
+    }
+
+    pub(super) fn write(&self, page: u64, value: u8) {
+        // SAFETY: inside the file's part of the mapping; nothing else refers to it.
+        unsafe { self.byte(page).write_volatile(value) };
+    }
+
+    pub(super) fn read(&self, page: u64) -> u8 {
+        // SAFETY: as for `write`.
+        unsafe { self.byte(page).read_volatile() }
     }
 
     fn take(&mut self, ranges: &[PfnRange]) -> Flow {
@@ -84,7 +102,7 @@ impl Guest {
         total.balloon
     }
 
-    fn host_pages(&self) -> u64 {
+    pub(super) fn host_pages(&self) -> u64 {
         self.file.metadata().unwrap().blocks() * 512 / 4096
     }
 }
@@ -117,7 +135,7 @@ fn each_reason_has_its_counter() {
         (total.returned_bytes, total.rejected_take_bytes),
         (10 * 4096, 7 * 4096)
     );
-    guest.balloon.set_inhibited(true);
+    guest.balloon.set_inhibited(true, &guest.books);
     assert_eq!(
         guest.give(&[range(600, 10)]).skipped_inhibited_bytes,
         10 * 4096
@@ -289,7 +307,7 @@ fn each_reason_to_refuse_has_its_counter_and_the_sum_tells_all() {
     let mut guest = guest(|_| ());
     // Out of memory, taken, twice, at the end of what a number can say.
     assert_eq!(guest.offer([511, 512, 512, u64::MAX], 2048), [0, 2, 3]);
-    guest.balloon.set_inhibited(true);
+    guest.balloon.set_inhibited(true, &guest.books);
     assert_eq!(guest.offer([513, 512], 2048), [0, 1]);
     let flow = guest.flow();
     assert_eq!(flow.skipped_out_of_range_bytes, 2 * 4096);

@@ -8,6 +8,7 @@
 mod host_reset;
 
 use crate::balloon::{Balloon, bump};
+use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::memory::{BALLOON_PAGE_SHIFT, Gpa, GuestMemory, NodeId, PfnRange};
@@ -208,7 +209,7 @@ impl Device {
             Some(balloon) => balloon.set_memory(memory, &self.shared.books),
             none => {
                 let mut balloon = Balloon::new(memory, self.runtime.discarder());
-                balloon.set_inhibited(inhibited);
+                balloon.set_inhibited(inhibited, &self.shared.books);
                 *none = Some(balloon);
             }
         }
@@ -227,8 +228,8 @@ impl Device {
         self.shared
             .start_queue(self.runtime.pool(), &mut service, index, queue)?;
         if service.state == DeviceState::Active {
-            // The others too: what a queue is for depends on which ones are there, and a kick may
-            // have been looked at while its queue was for nothing.
+            // All of them: another queue may have got its role, or got it back, by this one (dense and
+            // fixed numbers), and its kicks came to nothing before.
             self.shared.schedule(service.started());
         }
         Ok(())
@@ -240,8 +241,9 @@ impl Device {
     /// # Errors
     /// The queue is not started.
     pub fn stop_queue(&self, index: u16) -> Result<QueuePosition> {
-        self.shared
-            .stop_queue(&mut self.shared.service.lock(), index)
+        let mut service = self.shared.service.lock();
+        service.drain(&self.shared.books);
+        self.shared.stop_queue(&mut service, index)
     }
 
     /// Replaces a started ring's call eventfd (vhost-user does so under way).
@@ -266,6 +268,7 @@ impl Device {
             DeviceState::NeedsReset => return Err(Error::NotReady("reset the device")),
         }
         service.ready()?;
+        service.open_window(&self.shared.books);
         self.shared.set_state(&mut service, DeviceState::Active);
         self.shared.schedule(service.started());
         Ok(())
@@ -284,6 +287,7 @@ impl Device {
             DeviceState::Paused => Ok(()),
             DeviceState::Active => {
                 self.shared.finish_elements(&mut service);
+                service.drain(&self.shared.books);
                 self.shared.set_state(&mut service, DeviceState::Paused);
                 Ok(())
             }
@@ -319,7 +323,8 @@ impl Device {
     /// From its return on nothing is discarded until [`Self::uninhibit`]; calls nest. Waits until
     /// nothing is in flight. Guests are still acknowledged, and what is skipped is counted.
     pub fn inhibit(&self) {
-        self.shared.service.lock().change_inhibits(1);
+        let mut service = self.shared.service.lock();
+        service.change_inhibits(1, &self.shared.books);
     }
 
     /// Takes back one [`Self::inhibit`].
@@ -331,8 +336,24 @@ impl Device {
         if service.inhibits == 0 {
             return Err(Error::Unbalanced("uninhibit"));
         }
-        service.change_inhibits(-1);
+        service.change_inhibits(-1, &self.shared.books);
         Ok(())
+    }
+
+    /// Lets inflated pages be discarded after they were acknowledged, many at a time, for drivers that
+    /// negotiated MUST_TELL_HOST; may be changed at any time. What waits is discarded first. Off by
+    /// default; [`WriteBehind::RECOMMENDED`] suits stock guests.
+    pub fn set_write_behind(&self, setting: WriteBehind) {
+        let mut service = self.shared.service.lock();
+        service.write_behind = setting;
+        if service.state != DeviceState::Configuring {
+            service.open_window(&self.shared.books);
+        }
+    }
+
+    /// Returns when nothing that was acknowledged waits to be discarded any more.
+    pub fn flush(&self) {
+        self.shared.service.lock().drain(&self.shared.books);
     }
 
     /// Reads the configuration space; what lies behind its end reads as zero. Never waits.
@@ -398,6 +419,18 @@ impl Device {
     #[must_use]
     pub fn ballooned_bytes(&self) -> u64 {
         self.shared.ballooned_bytes.load(Ordering::Acquire)
+    }
+
+    /// What the ownership bitmap holds, run by run, for tests that keep books of their own.
+    #[cfg(feature = "fuzzing")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn ballooned_ranges(&self) -> Vec<PfnRange> {
+        let service = self.shared.service.lock();
+        service
+            .balloon
+            .as_ref()
+            .map_or_else(Vec::new, Balloon::ranges)
     }
 
     /// The sum of the memory table's regions; 0 without a table.

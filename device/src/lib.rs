@@ -29,8 +29,10 @@ mod protocol;
 mod ring;
 pub mod runtime;
 mod service;
+mod sync;
 
 pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
+pub use discard::WriteBehind;
 pub use error::{Error, Result};
 pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};

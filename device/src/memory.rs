@@ -499,6 +499,24 @@ impl HostArea {
         })
     }
 
+    /// As [`Self::new`], for an area that the device writes to: ROM may be mapped without the right to,
+    /// and a guest that puts its ring there must not end the process.
+    pub(crate) fn writable(
+        memory: &Arc<GuestMemory>,
+        what: &'static str,
+        gpa: Gpa,
+        len: usize,
+        align: u64,
+    ) -> Result<Self> {
+        match memory.find(gpa) {
+            Some((_, region)) if region.readonly => Err(Error::ReadOnly {
+                what,
+                address: gpa.0,
+            }),
+            _ => Self::new(memory, what, gpa, len, align),
+        }
+    }
+
     fn at<T>(&self, offset: usize) -> *mut T {
         let size = size_of::<T>();
         assert!(
@@ -643,6 +661,19 @@ pub(crate) mod tests {
             }]),
             libc::EADDRNOTAVAIL
         );
+    }
+
+    #[test]
+    fn what_the_device_writes_to_cannot_lie_in_rom() {
+        let rom = Region {
+            readonly: true,
+            ..heap_memory(&[(0, 0x1000)]).regions()[0].clone()
+        };
+        // SAFETY: the memory behind the region is leaked.
+        let memory = unsafe { GuestMemory::new(vec![rom]) }.unwrap();
+        assert!(HostArea::new(&memory, "table", Gpa(0), 64, 16).is_ok());
+        let refused = HostArea::writable(&memory, "used ring", Gpa(0), 64, 4).unwrap_err();
+        assert_eq!(refused.errno(), libc::EROFS);
     }
 
     #[test]

@@ -179,8 +179,8 @@ pub unsafe extern "C" fn aerostat_device_state(device: *const aerostat_device) -
 /// covered may be unmapped. Running rings have to lie in the new table too. Balloon pages in
 /// regions that went away are forgotten.
 ///
-/// Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table: the
-/// old one stays in use).
+/// Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table) or
+/// -EROFS (it is in a read-only region of it): the old one stays in use.
 ///
 /// Lifetime: the device keeps what it needs of memory, which may be destroyed at once; its mappings
 /// have to stay (see aerostat_memory_new()).

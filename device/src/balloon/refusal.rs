@@ -8,7 +8,7 @@
 //! offered page is entered as pending or under the reason for which it was refused; the sum of the
 //! refused is entered beside that).
 
-use super::{Account, Balloon, bump, bytes};
+use super::{Balloon, bump, bytes};
 use crate::discard::plan::Piece;
 use crate::memory::{BALLOON_PAGE_BYTES, Pfn, PfnRange, Region};
 use crate::metrics::{Books, Flow};
@@ -90,7 +90,7 @@ impl Balloon {
             touches
         });
         self.complete_frames(&mut pieces, books);
-        self.discard(&pieces, Account::Balloon, books);
+        self.release(&pieces, books);
         pieces.clear();
         self.taken = pieces;
     }

@@ -99,8 +99,8 @@ impl Chain {
         self.malformed |= self.readable_bytes() + self.writable_bytes() > MAX_CHAIN_BYTES;
     }
 
-    /// How many buffers it consists of.
-    pub(crate) fn segments(&self) -> usize {
+    /// How many buffers it has, which is what walking it cost.
+    pub(crate) fn buffers(&self) -> usize {
         self.readable.len() + self.writable.len()
     }
 

@@ -401,6 +401,26 @@ impl Device {
         .map(drop)
     }
 
+    /// Lets inflated pages wait before they are discarded.
+    ///
+    /// # Errors
+    /// None is documented for a live handle.
+    pub fn set_write_behind(&self, limit_bytes: u64, delay_ms: u32) -> Result<()> {
+        call!(
+            self.symbols,
+            aerostat_device_set_write_behind(self.handle, limit_bytes, delay_ms)
+        )
+        .map(drop)
+    }
+
+    /// Discards what waits.
+    ///
+    /// # Errors
+    /// None is documented for a live handle.
+    pub fn flush(&self) -> Result<()> {
+        call!(self.symbols, aerostat_device_flush(self.handle)).map(drop)
+    }
+
     /// The books.
     ///
     /// # Errors

@@ -5,8 +5,8 @@
 //! The guest gives up nearly all of its memory until the round is done, so a round ends by itself when
 //! its time is up, whatever the VMM does.
 
-use super::{ConfigSpace, MAX_ENTRIES_PER_TURN, Turn};
-use crate::balloon::bump;
+use super::{ConfigSpace, Turn};
+use crate::balloon::{bump, in_regions};
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, PfnRange};
 use crate::ring::RingError;
@@ -128,9 +128,9 @@ impl HintBoard {
 
 /// Takes what the queue has; true if there is more.
 pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingError> {
-    let (mut served, mut segments) = (0, 0);
+    let (mut served, mut buffers) = (0, 0);
     let end = loop {
-        if served == MAX_CHAINS_PER_TURN || segments >= MAX_ENTRIES_PER_TURN {
+        if served == MAX_CHAINS_PER_TURN || buffers >= super::MAX_BUFFERS_PER_TURN {
             break Ok(true);
         }
         let memory = turn.balloon.memory();
@@ -145,7 +145,7 @@ pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, Ri
             Err(error) => break Err(error),
         }
         served += 1;
-        segments += chain.segments();
+        buffers += chain.buffers();
         turn.scratch.ranges.clear();
         let understood = accept(turn.hints, chain, memory, &mut turn.scratch.ranges);
         turn.books.enter(|entry| {
@@ -190,9 +190,15 @@ fn accept(
         return understood;
     }
     understood &= super::read_reports_of(&chain.writable, memory, ranges);
-    if round.state == HintState::Running && round.sent == Some(round.id) {
-        let room = MAX_RANGES - round.ranges.len();
-        round.ranges.extend(ranges.iter().take(room));
+    let wanted = round.state == HintState::Running && round.sent == Some(round.id);
+    for range in ranges.iter() {
+        // The VMM gets nothing but guest memory, whatever the guest says.
+        let outside = in_regions(memory, *range, |_, _, part| {
+            if wanted && round.ranges.len() < MAX_RANGES {
+                round.ranges.push_back(part);
+            }
+        });
+        understood &= outside == 0;
     }
     understood
 }
@@ -294,6 +300,17 @@ mod tests {
     }
 
     #[test]
+    fn hints_outside_memory_are_cut_off() {
+        let driver = Driver::new();
+        let id = driver.hints.start(&driver.config, LIMIT).unwrap();
+        assert!(driver.say(id));
+        assert!(!driver.free(0x10), "memory has 16 pages");
+        assert!(!driver.free((1 << 51) - 1));
+        assert!(driver.free(0xf));
+        assert_eq!(driver.taken().0, [0xf]);
+    }
+
+    #[test]
     fn a_round_ends_by_itself_and_with_the_driver() {
         let driver = Driver::new();
         driver
@@ -343,7 +360,7 @@ mod tests {
         ));
         driver.say(id);
         for pfn in 0..MAX_RANGES as u64 + 100 {
-            driver.free(pfn);
+            driver.free(pfn % 16);
         }
         let mut ranges = Vec::new();
         driver.hints.take(usize::MAX, &mut ranges);

@@ -68,16 +68,18 @@ impl Features {
         .difference(Self::HOST_RESET);
 }
 
-/// The most PFNs a chain may carry: 128 MiB of memory; stock drivers send 256 to 1024. More is taken
+/// The most PFNs a chain may carry: 32 MiB of memory; stock drivers send 256 to 1024. More is taken
 /// as malformed, so that a single chain of scattered pages cannot keep a worker, and whoever waits for
 /// the device, busy for longer than about 0.1 s (I3).
-const MAX_CHAIN_PFNS: u64 = 1 << 15;
+const MAX_CHAIN_PFNS: u64 = 1 << 13;
 /// A PFN is an le32 (5.5.6.1).
 const PFN_BYTES: u64 = 4;
 /// How much is served before other devices get a turn.
 const MAX_CHAINS_PER_TURN: usize = 256;
-/// Listed pages and reported ranges, each of which may cost a discard of its own, and descriptors: a
-/// chain may have tens of thousands of them and yet say nothing.
+/// Descriptors, as many as the largest queue has. A guest may have all its chains share one indirect table
+/// of empty buffers, which bring no entry: without this bound a turn would walk millions.
+const MAX_BUFFERS_PER_TURN: usize = 1 << 15;
+/// Listed pages and reported ranges, each of which may cost a discard of its own.
 const MAX_ENTRIES_PER_TURN: usize = 1 << 13;
 /// Reported memory: 1 GiB, eight times what Linux reports in a chain.
 const MAX_REPORTED_PAGES_PER_TURN: u64 = 1 << 18;
@@ -190,12 +192,13 @@ fn serve_batch(
     turn.scratch.pages.clear();
     turn.scratch.ranges.clear();
     turn.scratch.done.clear();
-    let (mut errors, mut segments) = (0, 0);
+    let (mut errors, mut buffers) = (0, 0);
     let end = loop {
         let scratch = &mut *turn.scratch;
         let reported_pages: u64 = scratch.ranges.iter().map(PfnRange::pages).sum();
         if scratch.done.len() >= MAX_CHAINS_PER_TURN
-            || scratch.pages.len() + scratch.ranges.len() + segments >= MAX_ENTRIES_PER_TURN
+            || buffers >= MAX_BUFFERS_PER_TURN
+            || scratch.pages.len() + scratch.ranges.len() >= MAX_ENTRIES_PER_TURN
             || reported_pages >= MAX_REPORTED_PAGES_PER_TURN
         {
             break Ok(false);
@@ -206,7 +209,7 @@ fn serve_batch(
                 let token = scratch.chain.token;
                 let (understood, written) = (handler.read)(turn);
                 errors += u64::from(!understood);
-                segments += turn.scratch.chain.segments();
+                buffers += turn.scratch.chain.buffers();
                 turn.scratch.done.push((token, written));
             }
             Ok(false) => break Ok(true),
@@ -316,3 +319,8 @@ fn whole_pages(gpa: Gpa, length: u64) -> Option<PfnRange> {
         end: Pfn(end / page),
     })
 }
+
+#[cfg(test)]
+#[path = "turn_tests.rs"]
+#[allow(unsafe_code, reason = "elements are described by raw memory")]
+mod tests;
