@@ -469,3 +469,33 @@ fn pages_held_in_incomplete_frames_are_withdrawn() -> Result<()> {
         Ok(())
     })
 }
+
+/// S7, I1: what was acknowledged and waits to be discarded goes back with its contents.
+#[test]
+fn pages_that_wait_to_be_discarded_go_back_untouched() -> Result<()> {
+    all_ways(|config| {
+        let vmm = Vmm::new()?;
+        let guest = vmm.boot(config)?;
+        guest.device().set_write_behind(1 << 40, 3_600_000)?;
+        guest.device().set_target(MIB)?;
+        let pfns: Vec<u64> = guest.driver().allocator.unused().take(256).collect();
+        let set = WorkingSet::fill(guest.ram(), pfns.clone(), 31);
+        guest.driver().give(&pfns)?;
+        let books = guest.books()?.balloon;
+        assert_eq!((books.pending_bytes, books.discarded_bytes), (MIB, 0));
+
+        guest.device().reset_balloon()?;
+
+        let books = guest.books()?;
+        assert_eq!(books.balloon.pending_bytes, 0);
+        assert_eq!(books.balloon.withdrawn_bytes, MIB);
+        assert_eq!(books.host_reset_bytes, MIB);
+        guest.driver().follow_host_reset()?;
+        // A drain discards what waits: nothing does.
+        guest.device().inhibit()?;
+        guest.device().uninhibit()?;
+        assert_eq!(guest.books()?.balloon.discarded_bytes, 0);
+        guest.assert_intact(&set);
+        Ok(())
+    })
+}
