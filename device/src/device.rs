@@ -5,7 +5,10 @@
 //! flight: the lock is the drain barrier of pause, reset, inhibit and the memory table (I2). What
 //! vCPU threads and monitors need without waiting (configuration space, target, state) is outside.
 
+mod host_reset;
+
 use crate::balloon::{Balloon, bump};
+use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::memory::{BALLOON_PAGE_SHIFT, Gpa, GuestMemory, NodeId, PfnRange};
@@ -114,8 +117,11 @@ impl Device {
     pub const SUPPORTED_FEATURES: u64 = Features::all().bits();
     /// What is offered if the configuration leaves the choice.
     pub const DEFAULT_FEATURES: u64 = Features::DEFAULT.bits();
-    /// The length of the configuration space in bytes.
+    /// The length of the configuration space in bytes, without HOST_RESET.
     pub const CONFIG_BYTES: usize = crate::protocol::virtio_balloon::CONFIG_BYTES;
+    /// Its length if HOST_RESET is offered.
+    pub const HOST_RESET_CONFIG_BYTES: usize =
+        crate::protocol::virtio_balloon::HOST_RESET_CONFIG_BYTES;
     /// The number of queues of the fixed numbering.
     pub const MAX_QUEUES: u16 = crate::protocol::virtio_balloon::QUEUES;
 
@@ -142,7 +148,7 @@ impl Device {
         let device: Weak<dyn Servable> =
             Arc::downgrade(&(Arc::clone(&shared) as Arc<dyn Servable>));
         let home = runtime.pool().station_of(None);
-        let timer = shared.timer.descriptor()?;
+        let timer = shared.timer_descriptor()?;
         let timer = runtime
             .pool()
             .register(home, timer, device, Shared::TIMER)?;
@@ -203,7 +209,7 @@ impl Device {
             Some(balloon) => balloon.set_memory(memory, &self.shared.books),
             none => {
                 let mut balloon = Balloon::new(memory, self.runtime.discarder());
-                balloon.set_inhibited(inhibited);
+                balloon.set_inhibited(inhibited, &self.shared.books);
                 *none = Some(balloon);
             }
         }
@@ -235,8 +241,9 @@ impl Device {
     /// # Errors
     /// The queue is not started.
     pub fn stop_queue(&self, index: u16) -> Result<QueuePosition> {
-        self.shared
-            .stop_queue(&mut self.shared.service.lock(), index)
+        let mut service = self.shared.service.lock();
+        service.drain(&self.shared.books);
+        self.shared.stop_queue(&mut service, index)
     }
 
     /// Replaces a started ring's call eventfd (vhost-user does so under way).
@@ -261,6 +268,7 @@ impl Device {
             DeviceState::NeedsReset => return Err(Error::NotReady("reset the device")),
         }
         service.ready()?;
+        service.open_window(&self.shared.books);
         self.shared.set_state(&mut service, DeviceState::Active);
         self.shared.schedule(service.started());
         Ok(())
@@ -279,6 +287,7 @@ impl Device {
             DeviceState::Paused => Ok(()),
             DeviceState::Active => {
                 self.shared.finish_elements(&mut service);
+                service.drain(&self.shared.books);
                 self.shared.set_state(&mut service, DeviceState::Paused);
                 Ok(())
             }
@@ -314,7 +323,8 @@ impl Device {
     /// From its return on nothing is discarded until [`Self::uninhibit`]; calls nest. Waits until
     /// nothing is in flight. Guests are still acknowledged, and what is skipped is counted.
     pub fn inhibit(&self) {
-        self.shared.service.lock().change_inhibits(1);
+        let mut service = self.shared.service.lock();
+        service.change_inhibits(1, &self.shared.books);
     }
 
     /// Takes back one [`Self::inhibit`].
@@ -326,8 +336,24 @@ impl Device {
         if service.inhibits == 0 {
             return Err(Error::Unbalanced("uninhibit"));
         }
-        service.change_inhibits(-1);
+        service.change_inhibits(-1, &self.shared.books);
         Ok(())
+    }
+
+    /// Lets inflated pages be discarded after they were acknowledged, many at a time, for drivers that
+    /// negotiated MUST_TELL_HOST; may be changed at any time. What waits is discarded first. Off by
+    /// default; [`WriteBehind::RECOMMENDED`] suits stock guests.
+    pub fn set_write_behind(&self, setting: WriteBehind) {
+        let mut service = self.shared.service.lock();
+        service.write_behind = setting;
+        if service.state != DeviceState::Configuring {
+            service.open_window(&self.shared.books);
+        }
+    }
+
+    /// Returns when nothing that was acknowledged waits to be discarded any more.
+    pub fn flush(&self) {
+        self.shared.service.lock().drain(&self.shared.books);
     }
 
     /// Reads the configuration space; what lies behind its end reads as zero. Never waits.
@@ -345,6 +371,12 @@ impl Device {
             self.shared
                 .books
                 .enter(|entry| bump(&mut entry.device().config_errors, 1));
+        }
+        if written.acknowledged_resets > 0 {
+            self.shared.books.enter(|entry| {
+                let acknowledged = &mut entry.device().host_resets_acknowledged;
+                bump(acknowledged, written.acknowledged_resets);
+            });
         }
         written.actual_changed
     }

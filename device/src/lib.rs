@@ -32,6 +32,7 @@ mod service;
 mod sync;
 
 pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
+pub use discard::WriteBehind;
 pub use error::{Error, Result};
 pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};

@@ -580,18 +580,28 @@ pub(crate) mod tests {
 
     /// A table over ordinary heap memory, for tests that only read and write.
     pub(crate) fn heap_memory(layout: &[(u64, u64)]) -> Arc<GuestMemory> {
+        heap_memory_with(layout, |_| ())
+    }
+
+    /// The same, with regions that are changed before the table is made.
+    pub(crate) fn heap_memory_with(
+        layout: &[(u64, u64)],
+        change: impl Fn(&mut Region),
+    ) -> Arc<GuestMemory> {
         let regions = layout
             .iter()
             .map(|&(gpa, len_bytes)| {
                 // Guest memory outlives every test that uses it: the tables are tiny.
                 let pages = vec![0u8; len_bytes as usize + 4096].leak();
                 let hva = (pages.as_mut_ptr() as usize).next_multiple_of(4096);
-                Region {
+                let mut region = Region {
                     gpa: Gpa(gpa),
                     len_bytes,
                     hva,
                     ..anonymous_region()
-                }
+                };
+                change(&mut region);
+                region
             })
             .collect();
         // SAFETY: the memory is leaked and nothing refers to it any more.

@@ -202,6 +202,7 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_pause(NULL));
     REFUSED(EFAULT, aerostat_device_resume(NULL));
     REFUSED(EFAULT, aerostat_device_reset(NULL));
+    REFUSED(EFAULT, aerostat_device_reset_balloon(NULL));
     REFUSED(EFAULT, aerostat_device_inhibit(NULL));
     REFUSED(EFAULT, aerostat_device_uninhibit(NULL));
     REFUSED(EFAULT, aerostat_device_read_config(NULL, 0, &features, 8));
@@ -210,6 +211,8 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_query(NULL, &balloon));
     REFUSED(EFAULT, aerostat_device_guest_stats(NULL, 0, &stats));
     REFUSED(EFAULT, aerostat_device_set_stats_interval(NULL, 0));
+    REFUSED(EFAULT, aerostat_device_set_write_behind(NULL, 0, 0));
+    REFUSED(EFAULT, aerostat_device_flush(NULL));
     REFUSED(EFAULT, aerostat_device_start_hints(NULL, 1));
     REFUSED(EFAULT, aerostat_device_finish_hints(NULL));
     REFUSED(EFAULT, aerostat_device_take_hints(NULL, NULL, 0, NULL));
@@ -362,6 +365,11 @@ static void bad_elements(struct aerostat_device *device)
     REFUSED(EFAULT, aerostat_device_submit(device, &element, 1));
     element = good, element.n_readable = UINT32_MAX;
     REFUSED(EINVAL, aerostat_device_submit(device, &element, 1));
+    part.iov_base = NULL;
+    REFUSED(EFAULT, aerostat_device_submit(device, &good, 1));
+    part.iov_base = &pfn, part.iov_len = SIZE_MAX;
+    REFUSED(ERANGE, aerostat_device_submit(device, &good, 1));
+    part.iov_len = sizeof(pfn);
     element = good, element.queue = 5;
     REFUSED(ENOENT, aerostat_device_submit(device, &element, 1));
     OK(aerostat_device_submit(device, NULL, 0));

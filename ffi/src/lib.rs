@@ -50,6 +50,8 @@ mod element;
 
 mod target;
 
+mod write_behind;
+
 mod stats;
 
 mod hints;
@@ -70,3 +72,4 @@ pub use runtime::*;
 pub use stats::*;
 pub use target::*;
 pub use version::*;
+pub use write_behind::*;

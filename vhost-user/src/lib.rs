@@ -24,7 +24,7 @@ use crate::channel::ChannelError;
 use crate::cli::Arguments;
 use crate::listener::Listener;
 use crate::session::SessionError;
-use crate::vm::Vm;
+use crate::vm::{Offer, Vm};
 use crate::wake::{Wake, is_ready, wait};
 use aerostat_device::{Runtime, RuntimeConfig};
 use clap::Parser;
@@ -77,7 +77,7 @@ pub fn serve_one(runtime: &Arc<Runtime>, front_end: UnixStream) {
         installed.and_then(|()| Wake::new()).ok()
     });
     if let Some(shutdown) = shutdown {
-        let vm = Vm::new(String::from("fuzz"), Arc::clone(runtime), 0);
+        let vm = Vm::new(String::from("fuzz"), Arc::clone(runtime), Offer::default());
         // Whatever a front-end says ends its session at worst.
         let _ = session::serve(&vm, front_end, shutdown.as_fd());
     }
@@ -117,7 +117,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let mut threads = Vec::new();
     for socket in sockets {
         let name = socket.path().display().to_string();
-        let vm = Vm::new(name, Arc::clone(&runtime), arguments.features);
+        let vm = Vm::new(name, Arc::clone(&runtime), arguments.offer());
         if let Some(control) = controls.next() {
             let (vm, shutdown) = (Arc::clone(&vm), Arc::clone(&shutdown));
             threads.push(spawn("control", move || {

@@ -8,7 +8,7 @@ use crate::books::Books;
 use crate::mapping::MemoryTable;
 use crate::wake::Wake;
 use aerostat_device::memory::{BALLOON_PAGE_BYTES, NodeId};
-use aerostat_device::{Device, DeviceConfig, DeviceState, Error, GuestStats, Runtime};
+use aerostat_device::{Device, DeviceConfig, DeviceState, Error, GuestStats, Runtime, WriteBehind};
 use parking_lot::Mutex;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -70,13 +70,22 @@ impl Attached {
     }
 }
 
+/// What every driver of a virtual machine finds.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Offer {
+    /// The feature bits; 0 is the device's default.
+    pub(crate) features: u64,
+    /// When acknowledged pages are discarded.
+    pub(crate) write_behind: WriteBehind,
+}
+
 /// A virtual machine.
 #[derive(Debug)]
 pub(crate) struct Vm {
     /// What logs call it.
     pub(crate) name: String,
     runtime: Arc<Runtime>,
-    features: u64,
+    offer: Offer,
     state: Mutex<State>,
     /// Who wants to know that the driver's `actual` changed.
     watchers: Mutex<Vec<Weak<Wake>>>,
@@ -114,12 +123,12 @@ pub(crate) struct Snapshot {
 }
 
 impl Vm {
-    pub(crate) fn new(name: String, runtime: Arc<Runtime>, features: u64) -> Arc<Self> {
+    pub(crate) fn new(name: String, runtime: Arc<Runtime>, offer: Offer) -> Arc<Self> {
         let past = Books::new(runtime.nodes());
         Arc::new(Self {
             name,
             runtime,
-            features,
+            offer,
             state: Mutex::new(State {
                 attached: None,
                 target_bytes: 0,
@@ -141,11 +150,12 @@ impl Vm {
         let device = Device::new(
             &self.runtime,
             DeviceConfig {
-                features: self.features,
+                features: self.offer.features,
                 config_event: Some(config_event),
                 completion_event: None,
             },
         )?;
+        device.set_write_behind(self.offer.write_behind);
         let mut state = self.state.lock();
         if state.target_bytes > 0 {
             device.set_target_bytes(state.target_bytes)?;
@@ -201,6 +211,11 @@ impl Vm {
         };
         state.target_bytes = bytes;
         Ok(bytes)
+    }
+
+    /// Gives all ballooned pages back to the guest at once.
+    pub(crate) fn reset_balloon(&self) -> Result<(), VmError> {
+        Ok(self.attached()?.device.reset_balloon()?)
     }
 
     /// The guest's statistics; waits up to `timeout` for news.
@@ -287,7 +302,11 @@ impl Vm {
     /// A level that is raised whenever the driver's `actual` changes, as long as it is kept.
     pub(crate) fn watch_actual(&self) -> io::Result<Arc<Wake>> {
         let wake = Arc::new(Wake::new()?);
-        self.watchers.lock().push(Arc::downgrade(&wake));
+        let mut watchers = self.watchers.lock();
+        // Those who left since the last change: clients come and go while a guest does nothing.
+        watchers.retain(|watcher| watcher.strong_count() > 0);
+        watchers.push(Arc::downgrade(&wake));
+        drop(watchers);
         Ok(wake)
     }
 }

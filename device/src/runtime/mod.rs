@@ -140,5 +140,6 @@ impl Drop for Runtime {
             // Workers catch what they run; a join error has nothing left to tell.
             let _ = thread.join();
         }
+        self.pool.forget_work();
     }
 }

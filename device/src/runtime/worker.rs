@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::memory::{NodeId, Pfn, PfnRange};
 use crate::ring::chain::Chain;
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Select, Sender, unbounded};
 use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -38,9 +38,11 @@ pub(crate) struct Scratch {
     pub(crate) done: Vec<(u64, u32)>,
     pub(crate) pages: Vec<Pfn>,
     pub(crate) ranges: Vec<PfnRange>,
+    /// A bit for each page of one inflate buffer that was refused.
+    pub(crate) refused: Vec<u8>,
 }
 
-type Part = Box<dyn FnOnce() + Send>;
+pub(crate) type Part = Box<dyn FnOnce() + Send>;
 
 /// Both ends of a lock-free queue; it never closes while its station lives.
 type Channel<T> = (Sender<T>, Receiver<T>);
@@ -226,38 +228,60 @@ impl Pool {
         for (node, job) in jobs {
             expected += 1;
             if own.is_none() {
-                own = Some((self.station_of(node), job));
+                own = Some(job);
                 continue;
             }
             let results = results.clone();
             let part: Part = Box::new(move || {
                 let _ = results.send(job());
             });
-            if let Some(station) = self.stations.get(self.station_of(node)) {
-                let _ = station.parts.0.send(part);
-                station.wake.signal();
-            }
+            self.spawn(node, part);
         }
         let mut done = Vec::with_capacity(expected);
-        let Some((home, job)) = own else { return done };
+        let Some(job) = own else { return done };
         done.push(job());
         drop(results);
-        let nothing = crossbeam_channel::never();
-        let parts = self
-            .stations
-            .get(home)
-            .map_or(&nothing, |station| &station.parts.1);
-        while done.len() < expected {
-            crossbeam_channel::select! {
-                recv(collect) -> result => match result {
-                    Ok(result) => done.push(result),
-                    // A part panicked: its result will not come. The pool logged it.
-                    Err(_) => break,
-                },
-                recv(parts) -> part => if let Ok(part) = part { run_caught(part) },
-            }
+        // A part that panicked closes its end without a result; the pool logged it.
+        while done.len() < expected
+            && let Some(result) = self.wait_helping(&collect)
+        {
+            done.push(result);
         }
         done
+    }
+
+    /// Has a worker of `node` run `part`, which must not wait for other parts.
+    pub(crate) fn spawn(&self, node: Option<NodeId>, part: Part) {
+        if let Some(station) = self.stations.get(self.station_of(node)) {
+            // The station holds a receiver, so the channel is open.
+            let _ = station.parts.0.send(part);
+            station.wake.signal();
+        }
+    }
+
+    /// Waits for the next value, or for the end of the channel, and runs parts meanwhile: those of any
+    /// node, as all workers of one may be waiting for what the caller has locked.
+    pub(crate) fn wait_helping<T>(&self, values: &Receiver<T>) -> Option<T> {
+        loop {
+            let mut select = Select::new();
+            let value = select.recv(values);
+            for station in &self.stations {
+                select.recv(&station.parts.1);
+            }
+            let ready = select.select();
+            let index = ready.index();
+            if index == value {
+                return ready.recv(values).ok();
+            }
+            // Receivers were added behind `values` in the order of the stations.
+            if let Some(station) = index
+                .checked_sub(1)
+                .and_then(|index| self.stations.get(index))
+                && let Ok(part) = ready.recv(&station.parts.1)
+            {
+                run_caught(part);
+            }
+        }
     }
 
     /// Makes every worker leave its loop.
@@ -265,6 +289,14 @@ impl Pool {
         self.stopping.store(true, Ordering::Release);
         for station in &self.stations {
             station.wake.signal();
+        }
+    }
+
+    /// Lets go of the devices that were still waiting for a turn: they keep the pool, and it them.
+    pub(super) fn forget_work(&self) {
+        for station in &self.stations {
+            station.serve.1.try_iter().for_each(drop);
+            station.parts.1.try_iter().for_each(drop);
         }
     }
 
@@ -369,3 +401,7 @@ pub(super) fn spawn(pool: &Arc<Pool>, station: usize, number: u32) -> Result<Joi
             source,
         })
 }
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;

@@ -14,8 +14,9 @@ use super::vring::{Placement, Vring};
 use super::working_set::WorkingSet;
 use super::{MIB, PAGE_BYTES};
 use aerostat::{
-    AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING, AEROSTAT_FEATURE_STATS_VQ,
-    AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
+    AEROSTAT_FEATURE_DEFLATE_ON_OOM, AEROSTAT_FEATURE_EVENT_IDX, AEROSTAT_FEATURE_INDIRECT_DESC,
+    AEROSTAT_FEATURE_MUST_TELL_HOST, AEROSTAT_FEATURE_PAGE_REPORTING, AEROSTAT_FEATURE_STATS_VQ,
+    AEROSTAT_FEATURE_VERSION_1, AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
 };
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::Arc;
@@ -53,9 +54,15 @@ pub struct GuestConfig {
 }
 
 impl GuestConfig {
-    /// What stock Linux selects: all that is offered but poison, which it drops unless free pages
-    /// are initialised.
-    pub const LINUX: u64 = !AEROSTAT_FEATURE_PAGE_POISON;
+    /// What stock Linux selects, as far as this driver can do it: split rings, and all but hints.
+    /// Linux drops poison unless free pages are initialised.
+    pub const LINUX: u64 = AEROSTAT_FEATURE_MUST_TELL_HOST
+        | AEROSTAT_FEATURE_STATS_VQ
+        | AEROSTAT_FEATURE_DEFLATE_ON_OOM
+        | AEROSTAT_FEATURE_PAGE_REPORTING
+        | AEROSTAT_FEATURE_INDIRECT_DESC
+        | AEROSTAT_FEATURE_EVENT_IDX
+        | AEROSTAT_FEATURE_VERSION_1;
 
     /// A guest with one region at 0.
     #[must_use]
@@ -217,7 +224,10 @@ impl Guest {
             let config = queue_config(queue, self.config.elements);
             self.device.start_queue(index, &config)?;
         }
-        self.driver.lock().restart(queues);
+        let mut driver = self.driver.lock();
+        driver.restart(queues);
+        driver.set_features(features);
+        drop(driver);
         Ok(())
     }
 

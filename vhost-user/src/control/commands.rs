@@ -14,10 +14,11 @@ type Outcome = Result<Value, Failure>;
 type Handler = fn(&Shared, &mut Arguments) -> Outcome;
 
 /// All commands, by name.
-const COMMANDS: [(&str, Handler); 14] = [
+const COMMANDS: [(&str, Handler); 15] = [
     ("aerostat-guest-stats", guest_stats),
     ("aerostat-inhibit", inhibit),
     ("aerostat-query", query),
+    ("aerostat-reset-balloon", reset_balloon),
     ("aerostat-set-target", set_target),
     ("aerostat-uninhibit", uninhibit),
     ("balloon", balloon),
@@ -140,6 +141,12 @@ fn set_target(shared: &Shared, arguments: &mut Arguments) -> Outcome {
     checked(arguments)?;
     let target = shared.vm.set_target_bytes(bytes)?;
     Ok(json!({ "target-bytes": target }))
+}
+
+fn reset_balloon(shared: &Shared, arguments: &mut Arguments) -> Outcome {
+    checked(arguments)?;
+    shared.vm.reset_balloon()?;
+    Ok(json!({}))
 }
 
 fn query(shared: &Shared, arguments: &mut Arguments) -> Outcome {

@@ -137,7 +137,10 @@ pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, Ri
         let chain = &mut turn.scratch.chain;
         match source.pop(memory, chain) {
             Ok(true) => {}
-            Ok(false) if source.want_kicks() => continue,
+            Ok(false) if source.want_kicks() => {
+                served += 1;
+                continue;
+            }
             Ok(false) => break Ok(false),
             Err(error) => break Err(error),
         }
@@ -357,7 +360,7 @@ mod tests {
         ));
         driver.say(id);
         for pfn in 0..MAX_RANGES as u64 + 100 {
-            driver.free(pfn);
+            driver.free(pfn % 16);
         }
         let mut ranges = Vec::new();
         driver.hints.take(usize::MAX, &mut ranges);

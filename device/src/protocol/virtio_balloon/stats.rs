@@ -165,7 +165,10 @@ pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, Ri
         // The newest buffer is the one that is held.
         turn.stats.request(source);
         *turn.stats.held.lock() = Some(chain.token);
-        turn.stats.post(values);
+        // What makes no sense is no answer: the last good one stays.
+        if understood {
+            turn.stats.post(values);
+        }
     }
     Ok(true)
 }

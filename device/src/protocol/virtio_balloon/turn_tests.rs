@@ -47,6 +47,8 @@ fn chains_of_empty_buffers_are_one_to_a_turn() {
             books: &Books::new(1),
             stats: &StatsBoard::default(),
             hints: &HintBoard::default(),
+            config: &ConfigSpace::new(Features::empty()),
+            refusal: false,
             ballooned_bytes: &AtomicU64::new(0),
             poisoned: false,
         };
