@@ -477,7 +477,8 @@ fn pages_that_wait_to_be_discarded_go_back_untouched() -> Result<()> {
         let vmm = Vmm::new()?;
         let guest = vmm.boot(config)?;
         guest.device().set_write_behind(1 << 40, 3_600_000)?;
-        guest.device().set_target(MIB)?;
+        // Below the target, at which the device would flush.
+        guest.device().set_target(8 * MIB)?;
         let pfns: Vec<u64> = guest.driver().allocator.unused().take(256).collect();
         let set = WorkingSet::fill(guest.ram(), pfns.clone(), 31);
         guest.driver().give(&pfns)?;
