@@ -303,6 +303,16 @@ enum aerostat_log_level {
     AEROSTAT_LOG_TRACE = 5,
 };
 
+/** Where a round of free page hints stands. */
+enum aerostat_hint_state {
+    /** No round is running: none was started, or the last one was finished or ran out of time. */
+    AEROSTAT_HINTS_IDLE = 0,
+    /** The guest was asked, or is sending. */
+    AEROSTAT_HINTS_RUNNING = 1,
+    /** The guest has told all; it waits for aerostat_device_finish_hints(). */
+    AEROSTAT_HINTS_COMPLETE = 2,
+};
+
 /** A virtio balloon device (device ID 5). */
 struct aerostat_device;
 
@@ -529,6 +539,14 @@ struct aerostat_guest_stats {
     uint64_t age_ms;
     /** 0. */
     uint64_t reserved[4];
+};
+
+/** A range of guest memory. It has no size field and never grows, because there are many of them. */
+struct aerostat_range {
+    /** Guest physical address of its first byte; a multiple of 4096. */
+    uint64_t gpa;
+    /** Its length; a multiple of 4096. */
+    uint64_t len_bytes;
 };
 
 /**
@@ -1137,6 +1155,71 @@ int aerostat_device_query(const struct aerostat_device *device, struct aerostat_
 int aerostat_device_guest_stats(struct aerostat_device *device,
                                 uint32_t timeout_ms,
                                 struct aerostat_guest_stats *out);
+
+/**
+ * Has the guest asked for statistics every interval_ms from now on, or no longer (0). The answers are
+ * what aerostat_device_guest_stats() with a timeout of 0 tells. Allowed in every state, and stays
+ * over a reset; a guest is asked while the device is active and AEROSTAT_FEATURE_STATS_VQ negotiated.
+ *
+ * Returns: 0, or -EFAULT (device is NULL).
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_set_stats_interval(struct aerostat_device *device,
+                                       uint32_t interval_ms);
+
+/**
+ * Begins a round of free page hints (VIRTIO 1.4, 5.5.6.5; requirement S9): signals config_fd, and a
+ * guest whose driver is willing tells which of its pages are free, until it has told all or the
+ * round ends.
+ *
+ * Linux keeps nearly all its free memory for the device until the round is done. End it with
+ * aerostat_device_finish_hints() as soon as the hints are of no use; after limit_ms it ends by
+ * itself. Hints of earlier rounds that were not taken are forgotten.
+ *
+ * Returns: 0 and the round's number, 2 or more, in *round_id, or
+ * -EINVAL (limit_ms is 0, or more than 600000),
+ * -ENOTSUP (AEROSTAT_FEATURE_FREE_PAGE_HINT is not negotiated),
+ * -ENOTCONN (the device is not active),
+ * -EBUSY (it is paused),
+ * -EALREADY (a round is not done yet),
+ * -EFAULT (a pointer is NULL).
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_start_hints(struct aerostat_device *device,
+                                uint32_t limit_ms,
+                                uint32_t *round_id);
+
+/**
+ * Ends the round: the guest may use its pages again, and config_fd is signalled. Hints that came can
+ * still be taken.
+ *
+ * Returns: 0, or -EPROTO (no round is running; it may have run out of time), -EFAULT (device is NULL).
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_finish_hints(struct aerostat_device *device);
+
+/**
+ * Takes up to n of the ranges that the guest told, oldest first, and an enum aerostat_hint_state.
+ * Unless that is AEROSTAT_HINTS_RUNNING no more will come. With n 0 it tells the state only, and out
+ * may be NULL.
+ *
+ * A range was free at some moment of the round, and may have been written since. A migration that
+ * tracks writes since before aerostat_device_start_hints() need not copy what was not written; without
+ * that, hints say nothing. The library discards none of it. Up to 65536 ranges wait; more are dropped,
+ * so take them now and then while the round runs.
+ *
+ * Returns: how many ranges are in out (fewer than n: that is all for now), or -EFAULT (a pointer is
+ * NULL), -EINVAL (n is more than 65536).
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_take_hints(struct aerostat_device *device,
+                               struct aerostat_range *out,
+                               size_t n,
+                               uint32_t *state);
 
 /**
  * Reads a device's books as of one instant. They survive a reset.

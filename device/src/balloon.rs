@@ -365,7 +365,7 @@ impl Balloon {
 
 /// Calls `each` for the part of `range` in every region it touches; returns how many of its pages
 /// are in none.
-fn in_regions(
+pub(crate) fn in_regions(
     memory: &GuestMemory,
     range: PfnRange,
     mut each: impl FnMut(usize, &Region, PfnRange),

@@ -188,6 +188,7 @@ static void no_device(void)
     struct aerostat_element element;
     struct aerostat_completion completion;
     uint64_t features;
+    uint32_t word;
     memset(&element, 0, sizeof(element));
 
     REFUSED(EFAULT, aerostat_device_state(NULL));
@@ -209,6 +210,10 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_set_target(NULL, 0));
     REFUSED(EFAULT, aerostat_device_query(NULL, &balloon));
     REFUSED(EFAULT, aerostat_device_guest_stats(NULL, 0, &stats));
+    REFUSED(EFAULT, aerostat_device_set_stats_interval(NULL, 1000));
+    REFUSED(EFAULT, aerostat_device_start_hints(NULL, 1000, &word));
+    REFUSED(EFAULT, aerostat_device_finish_hints(NULL));
+    REFUSED(EFAULT, aerostat_device_take_hints(NULL, NULL, 0, &word));
     REFUSED(EFAULT, aerostat_device_counters(NULL, &counters));
     REFUSED(EFAULT, aerostat_device_node_counters(NULL, -1, &counters));
     REFUSED(EFAULT, aerostat_device_submit(NULL, &element, 1));
@@ -246,6 +251,22 @@ static void bad_outputs(struct aerostat_device *device, struct aerostat_runtime 
     CHECK(word == 0);
     OK(aerostat_device_write_config(device, UINT64_MAX, &word, sizeof(word)));
     OK(aerostat_device_read_config(device, 0, NULL, 0));
+}
+
+static void bad_hints(struct aerostat_device *device)
+{
+    struct aerostat_range range;
+    uint32_t word = 0;
+
+    REFUSED(EFAULT, aerostat_device_start_hints(device, 1000, NULL));
+    REFUSED(EPROTO, aerostat_device_finish_hints(device));
+    REFUSED(EFAULT, aerostat_device_take_hints(device, &range, 1, NULL));
+    REFUSED(EFAULT, aerostat_device_take_hints(device, NULL, 1, &word));
+    REFUSED(EINVAL, aerostat_device_take_hints(device, &range, 1 << 20, &word));
+    CHECK(aerostat_device_take_hints(device, NULL, 0, &word) == 0);
+    CHECK(word == AEROSTAT_HINTS_IDLE);
+    OK(aerostat_device_set_stats_interval(device, UINT32_MAX));
+    OK(aerostat_device_set_stats_interval(device, 0));
 }
 
 static void bad_queues(struct aerostat_device *device, const struct ring *ring, int memfd)
@@ -340,6 +361,7 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     struct aerostat_element element;
     struct ring ring;
     uint64_t offered = 0;
+    uint32_t word = 0;
     memset(&element, 0, sizeof(element));
     element_queue.flags = AEROSTAT_QUEUE_ELEMENT;
     region.flags = AEROSTAT_REGION_SHARED;
@@ -366,6 +388,8 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     REFUSED(EINVAL, aerostat_device_set_target(device, RAM_BYTES + PAGE_BYTES));
     REFUSED(ENOTCONN, aerostat_device_submit(device, &element, 1));
     REFUSED(ENOTCONN, aerostat_device_guest_stats(device, 1, &stats));
+    REFUSED(ENOTCONN, aerostat_device_start_hints(device, 1000, &word));
+    bad_hints(device);
 
     ring_new(&ring, guest, 64);
     bad_outputs(device, runtime);
@@ -378,11 +402,13 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     REFUSED(EPROTO, aerostat_device_resume(device));
     REFUSED(ERANGE, aerostat_device_set_memory(device, elsewhere));
     REFUSED(ENOTSUP, aerostat_device_guest_stats(device, 1, &stats));
+    REFUSED(ENOTSUP, aerostat_device_start_hints(device, 1000, &word));
 
     OK(aerostat_device_pause(device));
     REFUSED(EBUSY, aerostat_device_activate(device));
     REFUSED(EBUSY, aerostat_device_submit(device, &element, 1));
     REFUSED(EBUSY, aerostat_device_guest_stats(device, 1, &stats));
+    REFUSED(EBUSY, aerostat_device_start_hints(device, 1000, &word));
     OK(aerostat_device_reset(device));
     REFUSED(EPROTO, aerostat_device_resume(device));
 

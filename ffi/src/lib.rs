@@ -52,6 +52,8 @@ mod target;
 
 mod stats;
 
+mod hints;
+
 mod counters;
 
 pub use config_space::*;
@@ -59,6 +61,7 @@ pub use counters::*;
 pub use device::*;
 pub use element::*;
 pub use features::*;
+pub use hints::*;
 pub use last_error::aerostat_last_error;
 pub use log_sink::*;
 pub use memory::*;

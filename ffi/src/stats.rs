@@ -109,6 +109,27 @@ pub unsafe extern "C" fn aerostat_device_guest_stats(
     })
 }
 
+/// Has the guest asked for statistics every interval_ms from now on, or no longer (0). The answers are
+/// what aerostat_device_guest_stats() with a timeout of 0 tells. Allowed in every state, and stays
+/// over a reset; a guest is asked while the device is active and AEROSTAT_FEATURE_STATS_VQ negotiated.
+///
+/// Returns: 0, or -EFAULT (device is NULL).
+///
+/// Threads: any. Never waits for the guest.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn aerostat_device_set_stats_interval(
+    device: *mut aerostat_device,
+    interval_ms: u32,
+) -> c_int {
+    // SAFETY: NULL or alive (the header's rule for handles).
+    let device = unsafe { handle::get(device) };
+    on_device(device, |device| {
+        let interval = Duration::from_millis(interval_ms.into());
+        device.set_stats_interval((interval_ms > 0).then_some(interval));
+        Ok(0)
+    })
+}
+
 fn to_c(stats: &GuestStats, now: Instant) -> aerostat_guest_stats {
     let age_ms = |received| {
         let age = now.saturating_duration_since(received);

@@ -7,7 +7,8 @@ use super::ram::GuestRam;
 use aerostat::{
     aerostat_balloon, aerostat_completion, aerostat_counters, aerostat_device,
     aerostat_device_config, aerostat_element, aerostat_guest_stats, aerostat_memory,
-    aerostat_queue_config, aerostat_queue_position, aerostat_runtime, aerostat_runtime_config,
+    aerostat_queue_config, aerostat_queue_position, aerostat_range, aerostat_runtime,
+    aerostat_runtime_config,
 };
 use parking_lot::Mutex;
 use std::ffi::{CStr, c_int};
@@ -181,6 +182,8 @@ impl Device {
         inhibit => aerostat_device_inhibit;
         /// Allows it again.
         uninhibit => aerostat_device_uninhibit;
+        /// Ends a round of free page hints.
+        finish_hints => aerostat_device_finish_hints;
     }
 
     /// Makes a device; the descriptors are -1 or eventfds.
@@ -377,6 +380,48 @@ impl Device {
             aerostat_device_guest_stats(self.handle, timeout_ms, out)
         )?;
         Ok(stats)
+    }
+
+    /// Has the guest asked for statistics at an interval; 0 stops that.
+    ///
+    /// # Errors
+    /// None is documented for a live handle.
+    pub fn set_stats_interval(&self, interval_ms: u32) -> Result<()> {
+        call!(
+            self.symbols,
+            aerostat_device_set_stats_interval(self.handle, interval_ms)
+        )
+        .map(drop)
+    }
+
+    /// Begins a round of free page hints; returns its id.
+    ///
+    /// # Errors
+    /// As the header says.
+    pub fn start_hints(&self, limit_ms: u32) -> Result<u32> {
+        let mut id = 0;
+        let out = &raw mut id;
+        call!(
+            self.symbols,
+            aerostat_device_start_hints(self.handle, limit_ms, out)
+        )?;
+        Ok(id)
+    }
+
+    /// Takes up to `max` hints, and the round's state as `enum aerostat_hint_state` numbers it.
+    ///
+    /// # Errors
+    /// As the header says.
+    pub fn take_hints(&self, max: usize) -> Result<(Vec<aerostat_range>, u32)> {
+        let mut ranges = vec![aerostat_range::default(); max];
+        let mut state = 0;
+        let (first, out) = (ranges.as_mut_ptr(), &raw mut state);
+        let count = call!(
+            self.symbols,
+            aerostat_device_take_hints(self.handle, first, max, out)
+        )?;
+        ranges.truncate(usize::try_from(count).unwrap_or(0));
+        Ok((ranges, state))
     }
 
     /// The books.

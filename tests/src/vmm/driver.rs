@@ -8,6 +8,7 @@ use super::PAGE_BYTES;
 use super::allocator::PageAllocator;
 use super::device::Device;
 use super::error::{Result, VmmError};
+use super::hinting::Hinting;
 use super::ram::GuestRam;
 use super::vring::{Piece, Used, Vring};
 use std::sync::Arc;
@@ -35,17 +36,25 @@ pub enum Role {
     Deflate,
     /// Statistics.
     Stats,
+    /// Hints of unused pages.
+    Hints,
     /// Reports of unused pages.
     Reporting,
 }
 
 /// All roles, in the order of their queues.
-pub const ROLES: [Role; 4] = [Role::Inflate, Role::Deflate, Role::Stats, Role::Reporting];
+pub const ROLES: [Role; 5] = [
+    Role::Inflate,
+    Role::Deflate,
+    Role::Stats,
+    Role::Hints,
+    Role::Reporting,
+];
 
 /// The driver's state.
 #[derive(Debug)]
 pub struct Driver {
-    device: Arc<Device>,
+    pub(super) device: Arc<Device>,
     ram: Arc<GuestRam>,
     queues: Vec<(Role, Vring)>,
     /// Two pages of the kernel's own: the array of page frame numbers, the statistics buffer.
@@ -54,6 +63,7 @@ pub struct Driver {
     pub allocator: PageAllocator,
     balloon: Vec<u64>,
     stats: Vec<(u16, u64)>,
+    pub(super) hinting: Hinting,
 }
 
 impl Driver {
@@ -74,6 +84,7 @@ impl Driver {
             allocator,
             balloon: Vec::new(),
             stats: Vec::new(),
+            hinting: Hinting::default(),
         }
     }
 
@@ -105,12 +116,13 @@ impl Driver {
         self.queues.iter().map(|(role, queue)| (*role, queue))
     }
 
-    /// The queues that follow a reset: the old ones are forgotten, and so is the balloon, whose
-    /// pages are unused again.
+    /// The queues that follow a reset: the old ones are forgotten, and so are the balloon and what was
+    /// hinted, whose pages are unused again.
     pub fn restart(&mut self, queues: Vec<(Role, Vring)>) {
         self.queues = queues;
         let pages = std::mem::take(&mut self.balloon);
         self.allocator.release(pages);
+        self.allocator.release(self.hinting.restart());
     }
 
     /// The pages in the balloon.

@@ -14,8 +14,8 @@ use super::vring::{Placement, Vring};
 use super::working_set::WorkingSet;
 use super::{MIB, PAGE_BYTES};
 use aerostat::{
-    AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING, AEROSTAT_FEATURE_STATS_VQ,
-    AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
+    AEROSTAT_FEATURE_FREE_PAGE_HINT, AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING,
+    AEROSTAT_FEATURE_STATS_VQ, AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
 };
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::Arc;
@@ -27,7 +27,7 @@ pub enum Numbering {
     /// As Linux: those of the negotiated features, without gaps.
     #[default]
     Dense,
-    /// As the text of the standard: 0, 1, 2, 4.
+    /// As the text of the standard: 0, 1, 2, 3, 4.
     Fixed,
 }
 
@@ -412,6 +412,7 @@ fn feature_of(role: Role) -> u64 {
     match role {
         Role::Inflate | Role::Deflate => 0,
         Role::Stats => AEROSTAT_FEATURE_STATS_VQ,
+        Role::Hints => AEROSTAT_FEATURE_FREE_PAGE_HINT,
         Role::Reporting => AEROSTAT_FEATURE_PAGE_REPORTING,
     }
 }
@@ -420,11 +421,14 @@ fn feature_of(role: Role) -> u64 {
 #[must_use]
 pub fn queue_index(role: Role, features: u64, numbering: Numbering) -> u32 {
     let stats = u32::from(features & AEROSTAT_FEATURE_STATS_VQ != 0);
+    let hints = u32::from(features & AEROSTAT_FEATURE_FREE_PAGE_HINT != 0);
     match (role, numbering) {
         (Role::Inflate, _) => 0,
         (Role::Deflate, _) => 1,
         (Role::Stats, _) => 2,
-        (Role::Reporting, Numbering::Dense) => 2 + stats,
+        (Role::Hints, Numbering::Dense) => 2 + stats,
+        (Role::Hints, Numbering::Fixed) => 3,
+        (Role::Reporting, Numbering::Dense) => 2 + stats + hints,
         (Role::Reporting, Numbering::Fixed) => 4,
     }
 }

@@ -9,8 +9,8 @@ use super::error::{Result, VmmError};
 use aerostat::{
     aerostat_balloon, aerostat_completion, aerostat_counters, aerostat_device,
     aerostat_device_config, aerostat_element, aerostat_guest_stats, aerostat_memory,
-    aerostat_memory_region, aerostat_queue_config, aerostat_queue_position, aerostat_runtime,
-    aerostat_runtime_config,
+    aerostat_memory_region, aerostat_queue_config, aerostat_queue_position, aerostat_range,
+    aerostat_runtime, aerostat_runtime_config,
 };
 use std::env;
 use std::ffi::{c_char, c_int, c_void};
@@ -85,6 +85,10 @@ symbols! {
     aerostat_device_set_target(*mut aerostat_device, u64) -> c_int;
     aerostat_device_query(*const aerostat_device, *mut aerostat_balloon) -> c_int;
     aerostat_device_guest_stats(*mut aerostat_device, u32, *mut aerostat_guest_stats) -> c_int;
+    aerostat_device_set_stats_interval(*mut aerostat_device, u32) -> c_int;
+    aerostat_device_start_hints(*mut aerostat_device, u32, *mut u32) -> c_int;
+    aerostat_device_finish_hints(*mut aerostat_device) -> c_int;
+    aerostat_device_take_hints(*mut aerostat_device, *mut aerostat_range, usize, *mut u32) -> c_int;
     aerostat_device_counters(*const aerostat_device, *mut aerostat_counters) -> c_int;
     aerostat_device_node_counters(*const aerostat_device, i32, *mut aerostat_counters) -> c_int;
     aerostat_device_submit(*mut aerostat_device, *const aerostat_element, usize) -> c_int;

@@ -14,6 +14,7 @@
 //! - [`vring`]: the driver's half of a split ring;
 //! - [`allocator`]: which pages the guest has in use;
 //! - [`driver`]: the balloon driver, as Linux has it;
+//! - [`hinting`]: its part that answers rounds of free page hints;
 //! - [`follower`]: the driver's work queue, following the target on a thread of its own;
 //! - [`working_set`]: pages whose contents are known and verified;
 //! - [`hostile`]: a driver that writes anything anywhere;
@@ -28,6 +29,7 @@ mod error;
 pub mod eventfd;
 pub mod follower;
 pub mod guest;
+pub mod hinting;
 pub mod hostile;
 pub mod library;
 pub mod mapping;

@@ -6,7 +6,7 @@
 //! its time is up, whatever the VMM does.
 
 use super::{ConfigSpace, Turn};
-use crate::balloon::bump;
+use crate::balloon::{bump, in_regions};
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, PfnRange};
 use crate::ring::RingError;
@@ -24,8 +24,9 @@ const FIRST_ID: u32 = 2;
 /// Ranges kept for the VMM. Hints beyond them are dropped and counted, which only costs the VMM some
 /// copying: a guest's numbers must not grow our memory (I3).
 const MAX_RANGES: usize = 1 << 16;
-/// Chains taken in one turn.
+/// Chains taken in one turn, and pieces of memory named in them.
 const MAX_CHAINS_PER_TURN: usize = 1024;
+const MAX_ENTRIES_PER_TURN: usize = 1 << 13;
 /// The longest a round may last.
 pub(crate) const MAX_ROUND: Duration = Duration::from_secs(600);
 
@@ -128,9 +129,9 @@ impl HintBoard {
 
 /// Takes what the queue has; true if there is more.
 pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingError> {
-    let mut served = 0;
+    let (mut served, mut entries) = (0, 0);
     let end = loop {
-        if served == MAX_CHAINS_PER_TURN {
+        if served == MAX_CHAINS_PER_TURN || entries >= MAX_ENTRIES_PER_TURN {
             break Ok(true);
         }
         let memory = turn.balloon.memory();
@@ -144,6 +145,7 @@ pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, Ri
         served += 1;
         turn.scratch.ranges.clear();
         let understood = accept(turn.hints, chain, memory, &mut turn.scratch.ranges);
+        entries += turn.scratch.ranges.len();
         turn.books.enter(|entry| {
             let device = entry.device();
             bump(&mut device.hint_chains, 1);
@@ -186,9 +188,15 @@ fn accept(
         return understood;
     }
     understood &= super::read_reports_of(&chain.writable, memory, ranges);
-    if round.state == HintState::Running && round.sent == Some(round.id) {
-        let room = MAX_RANGES - round.ranges.len();
-        round.ranges.extend(ranges.iter().take(room));
+    let counts = round.state == HintState::Running && round.sent == Some(round.id);
+    for range in ranges.iter() {
+        // What the VMM gets is inside its guest's memory, whatever the guest says.
+        let outside = in_regions(memory, *range, |_, _, part| {
+            if counts && round.ranges.len() < MAX_RANGES {
+                round.ranges.push_back(part);
+            }
+        });
+        understood &= outside == 0;
     }
     understood
 }
@@ -290,6 +298,23 @@ mod tests {
     }
 
     #[test]
+    fn hints_are_cut_to_memory() {
+        let driver = Driver::new();
+        let id = driver.hints.start(&driver.config, LIMIT).unwrap();
+        driver.say(id);
+        let mut chain = Chain::default();
+        let gpa = Gpa(14 << 12);
+        chain.push(Segment::Guest { gpa, len: 8 << 12 }, true);
+        let understood = accept(&driver.hints, &chain, &driver.memory, &mut Vec::new());
+        assert!(!understood);
+        let mut ranges = Vec::new();
+        driver.hints.take(10, &mut ranges);
+        assert_eq!(ranges, [PfnRange::new(Pfn(14), 2)]);
+        assert!(!driver.free(1 << 40));
+        assert_eq!(driver.taken().0, []);
+    }
+
+    #[test]
     fn a_round_ends_by_itself_and_with_the_driver() {
         let driver = Driver::new();
         driver
@@ -339,8 +364,9 @@ mod tests {
         ));
         driver.say(id);
         for pfn in 0..MAX_RANGES as u64 + 100 {
-            driver.free(pfn);
+            assert!(driver.free(pfn % 16));
         }
+        assert!(!driver.free(16), "outside memory");
         let mut ranges = Vec::new();
         driver.hints.take(usize::MAX, &mut ranges);
         assert_eq!(ranges.len(), MAX_RANGES);
