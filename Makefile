@@ -37,7 +37,7 @@ demo: build
 	target/release/aerostat-demo --guest $(GUEST) --out target/demo
 
 bench: build
-	target/release/aerostat-bench --out target/bench
+	$(CARGO) bench -p aerostat-tests --bench discard
 
 header:
 	AEROSTAT_WRITE_HEADER=1 $(CARGO) test -p aerostat-ffi --test header

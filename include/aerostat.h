@@ -177,8 +177,8 @@
 #define AEROSTAT_FEATURE_DEFLATE_ON_OOM (1ull << 2)
 
 /**
- * VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration. Not offered by
- * this version.
+ * VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration; see
+ * aerostat_device_start_hints(). Offered if asked for in struct aerostat_device_config.
  */
 #define AEROSTAT_FEATURE_FREE_PAGE_HINT (1ull << 3)
 
@@ -287,6 +287,16 @@ enum aerostat_stat {
     AEROSTAT_STAT_DIRECT_RECLAIM = 15,
 };
 
+/** Where a round of free page hints stands. */
+enum aerostat_hint_state {
+    /** There is no round, or it has ended. */
+    AEROSTAT_HINT_IDLE = 0,
+    /** The guest was asked, or is sending hints. */
+    AEROSTAT_HINT_RUNNING = 1,
+    /** The guest has sent all its hints, and waits for the end of the round. */
+    AEROSTAT_HINT_COMPLETE = 2,
+};
+
 /** How much a log message matters. */
 enum aerostat_log_level {
     /** Nothing is logged. */
@@ -301,16 +311,6 @@ enum aerostat_log_level {
     AEROSTAT_LOG_DEBUG = 4,
     /** Everything. */
     AEROSTAT_LOG_TRACE = 5,
-};
-
-/** Where a round of free page hints stands. */
-enum aerostat_hint_state {
-    /** No round is running: none was started, or the last one was finished or ran out of time. */
-    AEROSTAT_HINTS_IDLE = 0,
-    /** The guest was asked, or is sending. */
-    AEROSTAT_HINTS_RUNNING = 1,
-    /** The guest has told all; it waits for aerostat_device_finish_hints(). */
-    AEROSTAT_HINTS_COMPLETE = 2,
 };
 
 /** A virtio balloon device (device ID 5). */
@@ -515,8 +515,8 @@ struct aerostat_balloon {
      */
     uint64_t actual_bytes;
     /**
-     * Bytes that it holds by the device's own count of distinct pages. The count may follow a moment
-     * after the guest was told.
+     * Bytes that it holds by the device's own count of distinct pages. The count is up to date when
+     * the guest of a ring is told; it may follow a moment after the completion of an element.
      */
     uint64_t ballooned_bytes;
     /** Bytes of guest memory: the sum of the table's regions; 0 without a table. */
@@ -541,11 +541,11 @@ struct aerostat_guest_stats {
     uint64_t reserved[4];
 };
 
-/** A range of guest memory. It has no size field and never grows, because there are many of them. */
+/** A range of guest memory. This structure has a fixed length. */
 struct aerostat_range {
-    /** Guest physical address of its first byte; a multiple of 4096. */
+    /** The guest physical address of its first byte. */
     uint64_t gpa;
-    /** Its length; a multiple of 4096. */
+    /** Its length in bytes. */
     uint64_t len_bytes;
 };
 
@@ -611,14 +611,14 @@ struct aerostat_counters {
     uint64_t report_chains;
     /** Buffers read on the stats queue. */
     uint64_t stats_chains;
-    /** Chains completed on the free page hint queue. */
-    uint64_t hint_chains;
     /** Buffers that were malformed, or whose content makes no sense; completed all the same. */
     uint64_t chain_errors;
     /** Rings that broke so badly that the device needs a reset. */
     uint64_t broken_rings;
     /** Writes to fields of the configuration space that are not the driver's. */
     uint64_t config_errors;
+    /** Buffers completed on the queue of free page hints. */
+    uint64_t hint_chains;
     /** 0. */
     uint64_t reserved[7];
 };
@@ -680,7 +680,7 @@ struct aerostat_counters {
 #define AEROSTAT_COUNTERS_INIT                                                                     \
     {                                                                                              \
         sizeof(struct aerostat_counters), 0, AEROSTAT_FLOW_INIT, AEROSTAT_FLOW_INIT, 0, 0, 0, 0,   \
-            0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                          \
+            0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                       \
     }
 
 #ifdef __cplusplus
@@ -1157,9 +1157,9 @@ int aerostat_device_guest_stats(struct aerostat_device *device,
                                 struct aerostat_guest_stats *out);
 
 /**
- * Has the guest asked for statistics every interval_ms from now on, or no longer (0). The answers are
- * what aerostat_device_guest_stats() with a timeout of 0 tells. Allowed in every state, and stays
- * over a reset; a guest is asked while the device is active and AEROSTAT_FEATURE_STATS_VQ negotiated.
+ * Asks the guest every interval_ms for what it says of its memory, from now on; 0 ends that. The
+ * answers are had from aerostat_device_guest_stats() with a timeout of 0. Allowed in every state; it
+ * takes effect while the device is active with AEROSTAT_FEATURE_STATS_VQ.
  *
  * Returns: 0, or -EFAULT (device is NULL).
  *
@@ -1169,56 +1169,52 @@ int aerostat_device_set_stats_interval(struct aerostat_device *device,
                                        uint32_t interval_ms);
 
 /**
- * Begins a round of free page hints (VIRTIO 1.4, 5.5.6.5; requirement S9): signals config_fd, and a
- * guest whose driver is willing tells which of its pages are free, until it has told all or the
- * round ends.
+ * Begins a round of free page hints and signals config_fd, which makes the guest send them (VIRTIO
+ * 1.4, 5.5.6.5; requirement S9). Hints of an earlier round are forgotten.
  *
- * Linux keeps nearly all its free memory for the device until the round is done. End it with
- * aerostat_device_finish_hints() as soon as the hints are of no use; after limit_ms it ends by
- * itself. Hints of earlier rounds that were not taken are forgotten.
+ * Until the round ends, by aerostat_device_finish_hints() or after limit_ms, the guest leaves nearly
+ * all its free pages to the device. Nothing is discarded.
  *
- * Returns: 0 and the round's number, 2 or more, in *round_id, or
- * -EINVAL (limit_ms is 0, or more than 600000),
+ * Returns: 0, or
  * -ENOTSUP (AEROSTAT_FEATURE_FREE_PAGE_HINT is not negotiated),
+ * -EALREADY (a round is running),
+ * -EINVAL (limit_ms is 0 or more than 600000),
  * -ENOTCONN (the device is not active),
  * -EBUSY (it is paused),
- * -EALREADY (a round is not done yet),
- * -EFAULT (a pointer is NULL).
+ * -EFAULT (device is NULL).
  *
  * Threads: any. Never waits for the guest.
  */
 int aerostat_device_start_hints(struct aerostat_device *device,
-                                uint32_t limit_ms,
-                                uint32_t *round_id);
+                                uint32_t limit_ms);
 
 /**
- * Ends the round: the guest may use its pages again, and config_fd is signalled. Hints that came can
- * still be taken.
+ * Ends the round of hints, so that the guest may use its pages again. Hints that came can still be
+ * taken.
  *
- * Returns: 0, or -EPROTO (no round is running; it may have run out of time), -EFAULT (device is NULL).
+ * Returns: 0, or -EPROTO (no round is running; it may have ended by itself), -EFAULT (device is
+ * NULL).
  *
  * Threads: any. Never waits for the guest.
  */
 int aerostat_device_finish_hints(struct aerostat_device *device);
 
 /**
- * Takes up to n of the ranges that the guest told, oldest first, and an enum aerostat_hint_state.
- * Unless that is AEROSTAT_HINTS_RUNNING no more will come. With n 0 it tells the state only, and out
- * may be NULL.
+ * Takes up to max ranges of which the guest said that they are free, oldest first, and tells where
+ * the round stands: no more ranges come once it is not AEROSTAT_HINT_RUNNING.
  *
- * A range was free at some moment of the round, and may have been written since. A migration that
- * tracks writes since before aerostat_device_start_hints() need not copy what was not written; without
- * that, hints say nothing. The library discards none of it. Up to 65536 ranges wait; more are dropped,
- * so take them now and then while the round runs.
+ * The ranges were free at some moment of the round and may have been written since. A migration may
+ * leave them out if it has tracked writes since before aerostat_device_start_hints(), and sends what
+ * was written.
  *
- * Returns: how many ranges are in out (fewer than n: that is all for now), or -EFAULT (a pointer is
- * NULL), -EINVAL (n is more than 65536).
+ * Returns: how many ranges were stored in out, 0 if there is none; or -EFAULT (device is NULL, or out
+ * is NULL and max is not 0). An enum aerostat_hint_state goes to *state, unless that is NULL.
  *
- * Threads: any. Never waits for the guest.
+ * Threads: any. Never waits. Two threads that take get different ranges.
  */
 int aerostat_device_take_hints(struct aerostat_device *device,
                                struct aerostat_range *out,
-                               size_t n,
+                               size_t max,
                                uint32_t *state);
 
 /**

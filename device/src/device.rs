@@ -404,12 +404,16 @@ impl Device {
             return Ok(stats.latest());
         }
         self.active_with(Features::STATS_VQ, "STATS_VQ")?;
-        let before = stats.latest().sequence;
+        let mark = stats.mark();
         self.shared.schedule(Shared::STATS_REQUEST);
         let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-        stats
-            .wait_behind(before, timeout)
-            .ok_or(Error::TimedOut { timeout_ms })
+        match stats.wait_behind(mark, timeout) {
+            Some(stats) => Ok(stats),
+            // A reset ends the wait at once, and then there is more to say than "too late".
+            None => self
+                .active_with(Features::STATS_VQ, "STATS_VQ")
+                .and(Err(Error::TimedOut { timeout_ms })),
+        }
     }
 
     /// Asks the guest for statistics every `interval` from now on; `None` stops that.

@@ -76,24 +76,32 @@ pub(crate) fn check_eventfd(what: &'static str, fd: &OwnedFd) -> Result<()> {
     })
 }
 
+/// Without /proc, as in a jail, every descriptor that is no file of any kind has to do: those are
+/// eventfds and their like.
 fn is_eventfd(fd: &OwnedFd) -> bool {
-    std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))
-        .is_ok_and(|info| info.lines().any(|line| line.starts_with("eventfd-count:")))
+    match std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())) {
+        Ok(info) => info.lines().any(|line| line.starts_with("eventfd-count:")),
+        Err(_) => file_type(fd) == Some(0),
+    }
 }
 
 fn is_pipe(fd: &OwnedFd) -> bool {
-    use std::os::unix::fs::FileTypeExt;
-    file_type(fd).is_some_and(|kind| kind.is_fifo())
+    file_type(fd) == Some(libc::S_IFIFO)
 }
 
 fn is_socket(fd: &OwnedFd) -> bool {
-    use std::os::unix::fs::FileTypeExt;
-    file_type(fd).is_some_and(|kind| kind.is_socket())
+    file_type(fd) == Some(libc::S_IFSOCK)
 }
 
-fn file_type(fd: &OwnedFd) -> Option<std::fs::FileType> {
-    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    Some(std::fs::metadata(path).ok()?.file_type())
+/// The type bits of the file's mode; zero for what is not a file.
+fn file_type(fd: &OwnedFd) -> Option<libc::mode_t> {
+    let mut stat = std::mem::MaybeUninit::<libc::stat64>::zeroed();
+    // SAFETY: the buffer is large enough for a stat64, which the call fills.
+    if unsafe { libc::fstat64(fd.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    // SAFETY: zeroed memory is a valid stat64, and the call filled it.
+    Some(unsafe { stat.assume_init() }.st_mode & libc::S_IFMT)
 }
 
 fn set_nonblocking(fd: &OwnedFd) -> Result<()> {
@@ -128,6 +136,14 @@ mod tests {
         (0..100_000).for_each(|_| event.signal());
         drop(theirs);
         event.signal();
+    }
+
+    #[test]
+    fn eventfds_are_told_from_files_without_proc_too() {
+        let event = EventFd::create().unwrap();
+        assert!(is_eventfd(&event.fd) && file_type(&event.fd) == Some(0));
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert_ne!(file_type(&file.into()), Some(0));
     }
 
     #[test]

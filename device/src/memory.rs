@@ -260,7 +260,11 @@ impl GuestMemory {
                 });
             }
         }
-        let file = |region: &Region| region.fd.as_ref().map(|fd| FileId::of(fd)).transpose();
+        // Nothing is ever discarded in read-only regions: their files may be read-only, too.
+        let file = |region: &Region| {
+            let fd = region.fd.as_ref().filter(|_| !region.readonly);
+            fd.map(|fd| FileId::of(fd)).transpose()
+        };
         let files = regions.iter().map(file).collect::<Result<_>>()?;
         Ok(Arc::new(Self { regions, files }))
     }

@@ -188,7 +188,6 @@ static void no_device(void)
     struct aerostat_element element;
     struct aerostat_completion completion;
     uint64_t features;
-    uint32_t word;
     memset(&element, 0, sizeof(element));
 
     REFUSED(EFAULT, aerostat_device_state(NULL));
@@ -210,10 +209,10 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_set_target(NULL, 0));
     REFUSED(EFAULT, aerostat_device_query(NULL, &balloon));
     REFUSED(EFAULT, aerostat_device_guest_stats(NULL, 0, &stats));
-    REFUSED(EFAULT, aerostat_device_set_stats_interval(NULL, 1000));
-    REFUSED(EFAULT, aerostat_device_start_hints(NULL, 1000, &word));
+    REFUSED(EFAULT, aerostat_device_set_stats_interval(NULL, 0));
+    REFUSED(EFAULT, aerostat_device_start_hints(NULL, 1));
     REFUSED(EFAULT, aerostat_device_finish_hints(NULL));
-    REFUSED(EFAULT, aerostat_device_take_hints(NULL, NULL, 0, &word));
+    REFUSED(EFAULT, aerostat_device_take_hints(NULL, NULL, 0, NULL));
     REFUSED(EFAULT, aerostat_device_counters(NULL, &counters));
     REFUSED(EFAULT, aerostat_device_node_counters(NULL, -1, &counters));
     REFUSED(EFAULT, aerostat_device_submit(NULL, &element, 1));
@@ -251,22 +250,6 @@ static void bad_outputs(struct aerostat_device *device, struct aerostat_runtime 
     CHECK(word == 0);
     OK(aerostat_device_write_config(device, UINT64_MAX, &word, sizeof(word)));
     OK(aerostat_device_read_config(device, 0, NULL, 0));
-}
-
-static void bad_hints(struct aerostat_device *device)
-{
-    struct aerostat_range range;
-    uint32_t word = 0;
-
-    REFUSED(EFAULT, aerostat_device_start_hints(device, 1000, NULL));
-    REFUSED(EPROTO, aerostat_device_finish_hints(device));
-    REFUSED(EFAULT, aerostat_device_take_hints(device, &range, 1, NULL));
-    REFUSED(EFAULT, aerostat_device_take_hints(device, NULL, 1, &word));
-    REFUSED(EINVAL, aerostat_device_take_hints(device, &range, 1 << 20, &word));
-    CHECK(aerostat_device_take_hints(device, NULL, 0, &word) == 0);
-    CHECK(word == AEROSTAT_HINTS_IDLE);
-    OK(aerostat_device_set_stats_interval(device, UINT32_MAX));
-    OK(aerostat_device_set_stats_interval(device, 0));
 }
 
 static void bad_queues(struct aerostat_device *device, const struct ring *ring, int memfd)
@@ -323,12 +306,48 @@ static void bad_queues(struct aerostat_device *device, const struct ring *ring, 
     REFUSED(EMSGSIZE, aerostat_device_stop_queue(device, 0, &position));
 }
 
+/* Submits without ever collecting. */
+static void too_many_elements(struct aerostat_device *device, const struct aerostat_element *good)
+{
+    enum { MOST = 65536 };
+    struct aerostat_element *elements =
+        (struct aerostat_element *)calloc(MOST + 1, sizeof(struct aerostat_element));
+    struct aerostat_completion *done =
+        (struct aerostat_completion *)calloc(MOST + 1, sizeof(struct aerostat_completion));
+    int collected = 0;
+    CHECK(elements != NULL && done != NULL);
+    for (size_t i = 0; i <= MOST; i++) {
+        elements[i] = *good;
+        elements[i].token = i;
+    }
+    REFUSED(EINVAL, aerostat_device_submit(device, elements, MOST + 1));
+    OK(aerostat_device_submit(device, elements, MOST));
+    REFUSED(EAGAIN, aerostat_device_submit(device, elements, 1));
+    while (collected < MOST) {
+        int count = aerostat_device_completions(device, done + collected, MOST + 1);
+        OK(count);
+        collected += count;
+        usleep(count == 0 ? 1000 : 0);
+    }
+    for (int i = 0; i < MOST; i++) {
+        CHECK(done[i].token == (uint64_t)i);
+    }
+    /* There is room again. */
+    OK(aerostat_device_submit(device, elements, 1));
+    while (aerostat_device_completions(device, done, 1) == 0) {
+        usleep(1000);
+    }
+    free(elements);
+    free(done);
+}
+
 static void bad_elements(struct aerostat_device *device)
 {
     struct aerostat_element good, element;
+    uint32_t pfn = htole32(1);
     struct iovec part;
     memset(&good, 0, sizeof(good));
-    part.iov_base = &good, part.iov_len = 4;
+    part.iov_base = &pfn, part.iov_len = sizeof(pfn);
     good.queue = 1;
     good.readable = &part;
     good.n_readable = 1;
@@ -347,6 +366,7 @@ static void bad_elements(struct aerostat_device *device)
     REFUSED(ENOENT, aerostat_device_submit(device, &element, 1));
     OK(aerostat_device_submit(device, NULL, 0));
     CHECK(aerostat_device_completions(device, NULL, 0) == 0);
+    too_many_elements(device, &good);
 }
 
 /* Calls at the wrong time, from making a device to its reset. */
@@ -361,7 +381,6 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     struct aerostat_element element;
     struct ring ring;
     uint64_t offered = 0;
-    uint32_t word = 0;
     memset(&element, 0, sizeof(element));
     element_queue.flags = AEROSTAT_QUEUE_ELEMENT;
     region.flags = AEROSTAT_REGION_SHARED;
@@ -388,8 +407,6 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     REFUSED(EINVAL, aerostat_device_set_target(device, RAM_BYTES + PAGE_BYTES));
     REFUSED(ENOTCONN, aerostat_device_submit(device, &element, 1));
     REFUSED(ENOTCONN, aerostat_device_guest_stats(device, 1, &stats));
-    REFUSED(ENOTCONN, aerostat_device_start_hints(device, 1000, &word));
-    bad_hints(device);
 
     ring_new(&ring, guest, 64);
     bad_outputs(device, runtime);
@@ -402,13 +419,14 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     REFUSED(EPROTO, aerostat_device_resume(device));
     REFUSED(ERANGE, aerostat_device_set_memory(device, elsewhere));
     REFUSED(ENOTSUP, aerostat_device_guest_stats(device, 1, &stats));
-    REFUSED(ENOTSUP, aerostat_device_start_hints(device, 1000, &word));
+    REFUSED(ENOTSUP, aerostat_device_start_hints(device, 1));
+    REFUSED(EPROTO, aerostat_device_finish_hints(device));
+    REFUSED(EFAULT, aerostat_device_take_hints(device, NULL, 1, NULL));
 
     OK(aerostat_device_pause(device));
     REFUSED(EBUSY, aerostat_device_activate(device));
     REFUSED(EBUSY, aerostat_device_submit(device, &element, 1));
     REFUSED(EBUSY, aerostat_device_guest_stats(device, 1, &stats));
-    REFUSED(EBUSY, aerostat_device_start_hints(device, 1000, &word));
     OK(aerostat_device_reset(device));
     REFUSED(EPROTO, aerostat_device_resume(device));
 

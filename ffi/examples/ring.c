@@ -79,18 +79,6 @@ static struct aerostat_balloon query(struct aerostat_device *device)
     return balloon;
 }
 
-/* The count of pages may follow a moment after the guest was told. */
-static int balloon_becomes(struct aerostat_device *device, uint64_t bytes)
-{
-    for (int tries = 0; tries < 1000; tries++) {
-        if (query(device).ballooned_bytes == bytes) {
-            return 1;
-        }
-        usleep(10000);
-    }
-    return 0;
-}
-
 static struct aerostat_counters counters(struct aerostat_device *device)
 {
     struct aerostat_counters counters = AEROSTAT_COUNTERS_INIT;
@@ -133,6 +121,14 @@ static void read_stats(struct aerostat_device *device, struct guest *guest, stru
     /* Nobody answers here: the device asks by returning the buffer, and gives up in time. */
     CHECK(aerostat_device_guest_stats(device, 20, &stats) == -ETIMEDOUT);
     ring_wait(ring);
+
+    /* The device can ask by itself, from time to time. */
+    OK(aerostat_device_set_stats_interval(device, 10));
+    ring_add(ring, buffer, write_stats(guest->ram + buffer, 124 << 20), 0);
+    ring_wait(ring);
+    OK(aerostat_device_set_stats_interval(device, 0));
+    OK(aerostat_device_guest_stats(device, 0, &stats));
+    CHECK(stats.sequence == 2 && stats.values[AEROSTAT_STAT_AVAIL] == 124 << 20);
 }
 
 int main(void)
@@ -205,7 +201,7 @@ int main(void)
     CHECK(write_actual(device, BALLOON_PFNS) == 1);
     CHECK(write_actual(device, BALLOON_PFNS) == 0);
     CHECK(query(device).actual_bytes == BALLOON_BYTES);
-    CHECK(balloon_becomes(device, BALLOON_BYTES));
+    CHECK(query(device).ballooned_bytes == BALLOON_BYTES);
     CHECK(host_bytes(memfd) == before - BALLOON_BYTES);
     for (uint32_t i = 0; i < BALLOON_PFNS; i++) {
         CHECK(!page_is_resident(&guest, balloon_pfn(i)));
@@ -226,7 +222,7 @@ int main(void)
     CHECK(read_num_pages(device) == 0);
     send_pages(&guest, &rings[DEFLATE], array);
     CHECK(write_actual(device, 0) == 1);
-    CHECK(balloon_becomes(device, 0));
+    CHECK(query(device).ballooned_bytes == 0);
     for (uint32_t i = 0; i < BALLOON_PFNS; i++) {
         guest.ram[(size_t)balloon_pfn(i) * PAGE_BYTES] = 1;
     }

@@ -55,5 +55,5 @@
 #define AEROSTAT_COUNTERS_INIT                                                                     \
     {                                                                                              \
         sizeof(struct aerostat_counters), 0, AEROSTAT_FLOW_INIT, AEROSTAT_FLOW_INIT, 0, 0, 0, 0,   \
-            0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                          \
+            0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                       \
     }

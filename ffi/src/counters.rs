@@ -72,14 +72,14 @@ pub struct aerostat_counters {
     pub report_chains: u64,
     /// Buffers read on the stats queue.
     pub stats_chains: u64,
-    /// Chains completed on the free page hint queue.
-    pub hint_chains: u64,
     /// Buffers that were malformed, or whose content makes no sense; completed all the same.
     pub chain_errors: u64,
     /// Rings that broke so badly that the device needs a reset.
     pub broken_rings: u64,
     /// Writes to fields of the configuration space that are not the driver's.
     pub config_errors: u64,
+    /// Buffers completed on the queue of free page hints.
+    pub hint_chains: u64,
     /// 0.
     pub reserved: [u64; 7],
 }
@@ -169,10 +169,10 @@ fn to_c(counters: &Counters) -> aerostat_counters {
         deflate_chains,
         report_chains,
         stats_chains,
-        hint_chains,
         chain_errors,
         broken_rings,
         config_errors,
+        hint_chains,
         reserved: [0; 7],
     }
 }

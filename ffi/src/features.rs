@@ -19,8 +19,8 @@ pub const AEROSTAT_FEATURE_STATS_VQ: u64 = 1u64 << 1;
 /// decided.
 pub const AEROSTAT_FEATURE_DEFLATE_ON_OOM: u64 = 1u64 << 2;
 
-/// VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration. Not offered by
-/// this version.
+/// VIRTIO_BALLOON_F_FREE_PAGE_HINT: the guest hints at free pages, for migration; see
+/// aerostat_device_start_hints(). Offered if asked for in struct aerostat_device_config.
 pub const AEROSTAT_FEATURE_FREE_PAGE_HINT: u64 = 1u64 << 3;
 
 /// VIRTIO_BALLOON_F_PAGE_POISON: the guest tells what it fills free pages with.

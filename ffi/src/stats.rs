@@ -109,9 +109,9 @@ pub unsafe extern "C" fn aerostat_device_guest_stats(
     })
 }
 
-/// Has the guest asked for statistics every interval_ms from now on, or no longer (0). The answers are
-/// what aerostat_device_guest_stats() with a timeout of 0 tells. Allowed in every state, and stays
-/// over a reset; a guest is asked while the device is active and AEROSTAT_FEATURE_STATS_VQ negotiated.
+/// Asks the guest every interval_ms for what it says of its memory, from now on; 0 ends that. The
+/// answers are had from aerostat_device_guest_stats() with a timeout of 0. Allowed in every state; it
+/// takes effect while the device is active with AEROSTAT_FEATURE_STATS_VQ.
 ///
 /// Returns: 0, or -EFAULT (device is NULL).
 ///
@@ -125,7 +125,7 @@ pub unsafe extern "C" fn aerostat_device_set_stats_interval(
     let device = unsafe { handle::get(device) };
     on_device(device, |device| {
         let interval = Duration::from_millis(interval_ms.into());
-        device.set_stats_interval((interval_ms > 0).then_some(interval));
+        device.set_stats_interval(Some(interval));
         Ok(0)
     })
 }

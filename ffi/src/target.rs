@@ -20,8 +20,8 @@ pub struct aerostat_balloon {
     /// Bytes that the guest says it holds (its `actual`). It may stay below the target for as long
     /// as the guest likes (requirement A1).
     pub actual_bytes: u64,
-    /// Bytes that it holds by the device's own count of distinct pages. The count may follow a moment
-    /// after the guest was told.
+    /// Bytes that it holds by the device's own count of distinct pages. The count is up to date when
+    /// the guest of a ring is told; it may follow a moment after the completion of an element.
     pub ballooned_bytes: u64,
     /// Bytes of guest memory: the sum of the table's regions; 0 without a table.
     pub memory_bytes: u64,

@@ -23,8 +23,13 @@ fn fields_are_little_endian_and_readable_before_features_ok() -> Result<()> {
     let vmm = Vmm::new()?;
     let guest = assemble(&vmm)?;
     guest.device().set_target(3 * MIB)?;
-    guest.device().write_config(CONFIG_ACTUAL, &[0x78, 0x56, 0x34, 0x12])?;
-    assert_eq!(space(&guest)?, [0, 3, 0, 0, 0x78, 0x56, 0x34, 0x12, 0, 0, 0, 0, 0, 0, 0, 0]);
+    guest
+        .device()
+        .write_config(CONFIG_ACTUAL, &[0x78, 0x56, 0x34, 0x12])?;
+    assert_eq!(
+        space(&guest)?,
+        [0, 3, 0, 0, 0x78, 0x56, 0x34, 0x12, 0, 0, 0, 0, 0, 0, 0, 0]
+    );
     assert_eq!(guest.device().query()?.actual_bytes, 0x1234_5678 << 12);
     Ok(())
 }
@@ -35,7 +40,9 @@ fn partial_and_oversize_reads_are_zero_behind_the_end() -> Result<()> {
     let vmm = Vmm::new()?;
     let guest = assemble(&vmm)?;
     guest.device().set_target(7 * MIB)?;
-    guest.device().write_config(CONFIG_ACTUAL, &0xa1b2_c3d4u32.to_le_bytes())?;
+    guest
+        .device()
+        .write_config(CONFIG_ACTUAL, &0xa1b2_c3d4u32.to_le_bytes())?;
     let mut expected = space(&guest)?;
     expected.resize(64, 0);
     for offset in 0..20 {
@@ -73,9 +80,15 @@ fn writing_the_whole_space_back_changes_actual_only() -> Result<()> {
     let mut bytes = space(&guest)?;
     bytes[4] = 9;
     assert!(guest.device().write_config(0, &bytes)?);
-    assert!(!guest.device().write_config(0, &bytes)?, "the same again is no change");
+    assert!(
+        !guest.device().write_config(0, &bytes)?,
+        "the same again is no change"
+    );
     let balloon = guest.device().query()?;
-    assert_eq!((balloon.target_bytes, balloon.actual_bytes), (2 * MIB, 9 << 12));
+    assert_eq!(
+        (balloon.target_bytes, balloon.actual_bytes),
+        (2 * MIB, 9 << 12)
+    );
     assert_eq!(guest.books()?.config_errors, 0);
     Ok(())
 }
@@ -90,7 +103,9 @@ fn partial_and_oversize_writes_change_only_what_is_the_drivers() -> Result<()> {
             let features = guest.negotiate()?;
             guest.device().set_target(MIB)?;
             let old = space(&guest)?;
-            guest.device().write_config(offset as u64, &vec![0x5a; len])?;
+            guest
+                .device()
+                .write_config(offset as u64, &vec![0x5a; len])?;
             let new = space(&guest)?;
             for (at, (was, is)) in old.iter().zip(&new).enumerate() {
                 let written = (offset..offset + len).contains(&at);

@@ -11,9 +11,9 @@ use aerostat_tests::vmm::{Guest, GuestConfig, MIB, Numbering, PAGE_BYTES, Result
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
-const IDLE: u32 = aerostat_hint_state::AEROSTAT_HINTS_IDLE as u32;
-const RUNNING: u32 = aerostat_hint_state::AEROSTAT_HINTS_RUNNING as u32;
-const COMPLETE: u32 = aerostat_hint_state::AEROSTAT_HINTS_COMPLETE as u32;
+const IDLE: u32 = aerostat_hint_state::AEROSTAT_HINT_IDLE as u32;
+const RUNNING: u32 = aerostat_hint_state::AEROSTAT_HINT_RUNNING as u32;
+const COMPLETE: u32 = aerostat_hint_state::AEROSTAT_HINT_COMPLETE as u32;
 const LONG_MS: u32 = 60_000;
 
 /// A guest whose device offers hints besides what it recommends.
@@ -22,6 +22,12 @@ fn hinting(vmm: &Vmm, mib: u64) -> Result<GuestConfig> {
     let recommended = vmm.assemble(&config)?.device().offered_features()?;
     config.offered = recommended | AEROSTAT_FEATURE_FREE_PAGE_HINT;
     Ok(config)
+}
+
+/// Begins a round; returns its id.
+fn start(guest: &Guest) -> Result<u32> {
+    guest.device().start_hints(LONG_MS)?;
+    hint_command(guest)
 }
 
 /// What the guest is told of rounds; its driver may be waiting for the device meanwhile.
@@ -47,7 +53,7 @@ fn tells_its_unused_memory(guest: &Guest) -> Result<()> {
     let (full, before) = (guest.ram().allocated_bytes()?, guest.books()?);
     guest.config_event.take();
 
-    let id = guest.device().start_hints(LONG_MS)?;
+    let id = start(&guest)?;
 
     assert!(guest.config_event.take() > 0, "no configuration change");
     assert_eq!(guest.driver().hint_command()?, id);
@@ -126,7 +132,7 @@ fn hints_belong_to_the_round_whose_id_came_before_them() -> Result<()> {
     driver.hint_range(0x400, 1)?;
     assert_eq!(guest.device().take_hints(10)?.0, [], "outside any round");
 
-    let first = guest.device().start_hints(LONG_MS)?;
+    let first = start(&guest)?;
     driver.hint_range(0x401, 1)?;
     for id in [CMD_STOP, CMD_DONE, first + 1, u32::MAX] {
         driver.say_hint_id(id)?;
@@ -152,7 +158,7 @@ fn hints_belong_to_the_round_whose_id_came_before_them() -> Result<()> {
     driver.say_hint_id(first)?;
     driver.hint_range(0x405, 1)?;
     assert_eq!(guest.device().take_hints(10)?, (vec![], IDLE));
-    let second = guest.device().start_hints(LONG_MS)?;
+    let second = start(&guest)?;
     assert!(second > first, "no id comes back");
     driver.hint_range(0x406, 1)?;
     assert_eq!(
@@ -207,7 +213,7 @@ fn a_round_ends_when_its_time_is_up() -> Result<()> {
 fn hints_that_came_are_kept_until_the_next_round() -> Result<()> {
     let vmm = Vmm::new()?;
     let guest = vmm.boot(&hinting(&vmm, 32)?)?;
-    guest.device().start_hints(LONG_MS)?;
+    start(&guest)?;
     guest.driver().answer_hints()?;
     guest.device().finish_hints()?;
     guest.driver().answer_hints()?;
@@ -224,7 +230,7 @@ fn a_reset_in_a_round_ends_it() -> Result<()> {
     let vmm = Vmm::new()?;
     let mut guest = vmm.boot(&hinting(&vmm, 32)?)?;
     let unused = guest.driver().allocator.unused_pages();
-    let first = guest.device().start_hints(LONG_MS)?;
+    let first = start(&guest)?;
     guest.driver().answer_hints()?;
 
     guest.restart_driver()?;
@@ -233,7 +239,7 @@ fn a_reset_in_a_round_ends_it() -> Result<()> {
     assert_eq!(guest.device().take_hints(10)?, (vec![], IDLE));
     assert_errno(guest.device().finish_hints(), libc::EPROTO);
     assert_eq!(guest.driver().allocator.unused_pages(), unused);
-    assert_eq!(guest.device().start_hints(LONG_MS)?, first + 1);
+    assert_eq!(start(&guest)?, first + 1);
     guest.device().finish_hints()?;
     tells_its_unused_memory(&guest)
 }
@@ -243,7 +249,7 @@ fn a_reset_in_a_round_ends_it() -> Result<()> {
 fn hostile_hints_are_cut_counted_and_bounded() -> Result<()> {
     let vmm = Vmm::new()?;
     let guest = vmm.boot(&hinting(&vmm, 16)?)?;
-    let id = guest.device().start_hints(LONG_MS)?;
+    let id = start(&guest)?;
     let mut driver = guest.driver();
     driver.say_hint_id(id)?;
     let end = guest.ram().total_bytes();

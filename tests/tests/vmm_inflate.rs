@@ -48,7 +48,9 @@ fn gives_and_takes_back(config: &GuestConfig) -> Result<()> {
     assert_eq!(guest.device().query()?.actual_bytes, 0);
     assert_eq!(books.returned_bytes, given);
     assert_eq!(accepted(&books.balloon), given);
-    let dirty = ballooned.iter().filter(|pfn| !guest.ram().page_is(**pfn, |_| 0));
+    let dirty = ballooned
+        .iter()
+        .filter(|pfn| !guest.ram().page_is(**pfn, |_| 0));
     assert_eq!(dirty.count(), 0, "pages that were freed have zeros");
 
     // They are the guest's again: what it writes stays, but for what it gives again.
@@ -95,7 +97,11 @@ fn regions_of_all_kinds_with_holes_between_them_come_back() -> Result<()> {
     let backings = [MEMFD, Backing::Anonymous, Backing::SharedAnonymous, MEMFD];
     let regions = backings.iter().zip(1..).map(|(backing, place)| {
         // Odd lengths and places: nothing is aligned to more than a page.
-        RegionSpec::new(place * 33 * MIB + 3 * PAGE_BYTES, 12 * MIB + PAGE_BYTES, *backing)
+        RegionSpec::new(
+            place * 33 * MIB + 3 * PAGE_BYTES,
+            12 * MIB + PAGE_BYTES,
+            *backing,
+        )
     });
     gives_and_takes_back(&GuestConfig::with_regions(regions.collect()))
 }

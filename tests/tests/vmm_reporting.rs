@@ -24,7 +24,11 @@ fn frees_what_is_reported(config: &GuestConfig, block_pages: u64) -> Result<()> 
     assert_eq!(books.report.requested_bytes, reported);
     assert_eq!(books.report.discarded_bytes, reported);
     assert_eq!(books.balloon.requested_bytes, 0);
-    assert_eq!(guest.device().query()?.ballooned_bytes, 0, "they stay the guest's");
+    assert_eq!(
+        guest.device().query()?.ballooned_bytes,
+        0,
+        "they stay the guest's"
+    );
     guest.assert_intact(&working_set);
     // The guest goes on to use them, and may put them into the balloon as well.
     guest.fill_memory(2000, 4)?;
@@ -72,7 +76,9 @@ fn boot_with_poison(vmm: &Vmm, value: u32) -> Result<Guest> {
     let mut guest = vmm.assemble(&config)?;
     let features = guest.negotiate()?;
     assert_ne!(features & AEROSTAT_FEATURE_PAGE_POISON, 0);
-    guest.device().write_config(CONFIG_POISON, &value.to_le_bytes())?;
+    guest
+        .device()
+        .write_config(CONFIG_POISON, &value.to_le_bytes())?;
     guest.start_queues(features)?;
     guest.device().activate()?;
     Ok(guest)
@@ -107,10 +113,17 @@ fn pages_poisoned_with_anything_else_are_acknowledged_and_left_alone() -> Result
     assert_eq!(books.report.requested_bytes, reported);
     assert_eq!(books.report.skipped_partial_bytes, reported);
     assert_eq!(books.report.discarded_bytes, 0);
-    assert!(pages.iter().all(|pfn| guest.ram().page_is(*pfn, |_| poison)));
+    assert!(
+        pages
+            .iter()
+            .all(|pfn| guest.ram().page_is(*pfn, |_| poison))
+    );
     // The balloon does not depend on poison: its pages are the host's.
     guest.driver().fill(256)?;
-    assert_eq!(guest.settled_books()?.balloon.discarded_bytes, 256 * PAGE_BYTES);
+    assert_eq!(
+        guest.settled_books()?.balloon.discarded_bytes,
+        256 * PAGE_BYTES
+    );
     Ok(())
 }
 
@@ -140,7 +153,10 @@ fn reports_that_make_no_sense_are_acknowledged_and_counted() -> Result<()> {
         ("unaligned length", vec![piece(8 * MIB, 4095)]),
         ("no length", vec![piece(8 * MIB, 0)]),
         ("readable", vec![readable]),
-        ("readable and writable", vec![readable, piece(8 * MIB, 4096)]),
+        (
+            "readable and writable",
+            vec![readable, piece(8 * MIB, 4096)],
+        ),
         ("overflow", vec![piece(u64::MAX - 4095, 8192)]),
         ("more than 4 GiB", vec![piece(far, 0xffff_f000); 32]),
     ];

@@ -42,7 +42,10 @@ pub(crate) enum ChannelError {
 
 impl From<Errno> for ChannelError {
     fn from(error: Errno) -> Self {
-        Self::Io(error.into())
+        match error {
+            Errno::PIPE | Errno::CONNRESET => Self::Closed,
+            error => Self::Io(error.into()),
+        }
     }
 }
 

@@ -8,16 +8,19 @@ use crate::books::Books;
 use crate::mapping::MemoryTable;
 use crate::wake::Wake;
 use aerostat_device::memory::{BALLOON_PAGE_BYTES, NodeId};
-use aerostat_device::{Device, DeviceConfig, DeviceState, GuestStats, Runtime};
+use aerostat_device::{Device, DeviceConfig, DeviceState, Error, GuestStats, Runtime};
 use parking_lot::Mutex;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The largest target: the configuration space has 32 bits for a number of 4 KiB pages.
 const MAX_TARGET_BYTES: u64 = u32::MAX as u64 * BALLOON_PAGE_BYTES;
+
+/// How long a question for statistics holds on to a device at a time.
+const STATS_SLICE: Duration = Duration::from_millis(200);
 
 /// Why something cannot be done for a virtual machine. The text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +36,7 @@ pub(crate) enum VmError {
     #[error("nothing is inhibited; call aerostat-inhibit first")]
     NotInhibited,
     #[error(transparent)]
-    Device(#[from] aerostat_device::Error),
+    Device(#[from] Error),
 }
 
 /// A device while a front-end is connected, and the memory that it works on.
@@ -201,8 +204,23 @@ impl Vm {
     }
 
     /// The guest's statistics; waits up to `timeout` for news.
+    ///
+    /// It waits in slices: whoever waits holds on to the device and so to the guest's memory, which
+    /// must not cost the host anything for long when the guest is gone.
     pub(crate) fn guest_stats(&self, timeout: Duration) -> Result<GuestStats, VmError> {
-        Ok(self.attached()?.device.guest_stats(timeout)?)
+        let start = Instant::now();
+        loop {
+            let left = timeout.saturating_sub(start.elapsed());
+            let slice = left.min(STATS_SLICE);
+            match self.attached()?.device.guest_stats(slice) {
+                Err(Error::TimedOut { .. }) if left > slice => {}
+                Err(Error::TimedOut { .. }) => {
+                    let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+                    return Err(Error::TimedOut { timeout_ms }.into());
+                }
+                result => return Ok(result?),
+            }
+        }
     }
 
     /// From its return on nothing is discarded. Calls nest, and outlast sessions.

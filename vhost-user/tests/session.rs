@@ -245,6 +245,9 @@ fn statistics_reach_the_control_socket() {
     assert_eq!(bases[2], u32::from(guest.used_index(2)));
     // Nobody answers: it says so, in time.
     frontend.start(&guest);
+    eventually("the buffer is read again", || {
+        (control.counter("stats-chains") == 2).then_some(())
+    });
     let error = control.execute("aerostat-guest-stats", json!({ "timeout-ms": 50 }));
     assert!(
         error.unwrap_err()["desc"]

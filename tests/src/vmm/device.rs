@@ -248,6 +248,14 @@ impl Device {
         Ok(())
     }
 
+    /// The memory that it was given last.
+    ///
+    /// # Errors
+    /// None was given.
+    pub fn ram(&self) -> Result<GuestRam> {
+        self.ram.lock().clone().ok_or(VmmError::Absent("memory"))
+    }
+
     /// What may be selected.
     ///
     /// # Errors
@@ -394,18 +402,16 @@ impl Device {
         .map(drop)
     }
 
-    /// Begins a round of free page hints; returns its id.
+    /// Begins a round of free page hints.
     ///
     /// # Errors
     /// As the header says.
-    pub fn start_hints(&self, limit_ms: u32) -> Result<u32> {
-        let mut id = 0;
-        let out = &raw mut id;
+    pub fn start_hints(&self, limit_ms: u32) -> Result<()> {
         call!(
             self.symbols,
-            aerostat_device_start_hints(self.handle, limit_ms, out)
-        )?;
-        Ok(id)
+            aerostat_device_start_hints(self.handle, limit_ms)
+        )
+        .map(drop)
     }
 
     /// Takes up to `max` hints, and the round's state as `enum aerostat_hint_state` numbers it.

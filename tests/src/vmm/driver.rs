@@ -188,11 +188,14 @@ impl Driver {
         Ok(pfns.len())
     }
 
-    /// Puts pages that the caller has allocated into the balloon.
+    /// Puts these pages into the balloon, unused or not: the caller knows that nobody needs them.
     ///
     /// # Errors
     /// They are not acknowledged.
     pub fn give(&mut self, pfns: &[u64]) -> Result<()> {
+        for pfn in pfns {
+            self.allocator.take(*pfn);
+        }
         for pfns in pfns.chunks(MAX_PFNS) {
             self.tell(Role::Inflate, pfns)?;
             self.balloon.extend_from_slice(pfns);

@@ -30,19 +30,29 @@ struct Popped {
     next_used: u16,
 }
 
-/// The readable and the writable part of a chain.
-type Iovecs = [Vec<iovec>; 2];
+/// The readable and the writable part of a chain: host addresses and lengths.
+type Parts = [Vec<(usize, usize)>; 2];
+
+/// A chain that was popped and not submitted yet.
+#[derive(Debug)]
+struct Waiting {
+    token: u64,
+    queue: u32,
+    parts: Parts,
+}
 
 impl Popped {
-    fn pop(&mut self, ram: &GuestRam) -> Option<(u16, Iovecs)> {
+    /// # Errors
+    /// A buffer is not in one region of guest memory, which no driver of these tests does.
+    fn pop(&mut self, ram: &GuestRam) -> Result<Option<(u16, Parts)>> {
         if ram.load_u16(self.placement.avail_index()) == self.next_avail {
-            return None;
+            return Ok(None);
         }
         let head = ram.load_u16(self.placement.avail_entry(self.next_avail));
         self.next_avail = self.next_avail.wrapping_add(1);
-        let event_idx_keeps_kicks_coming = self.placement.avail_event();
-        ram.store_u16(event_idx_keeps_kicks_coming, self.next_avail);
-        let mut parts = Iovecs::default();
+        // Keeps kicks coming where they are suppressed by index; otherwise nobody reads it.
+        ram.store_u16(self.placement.avail_event(), self.next_avail);
+        let mut parts = Parts::default();
         let (mut table, mut index) = (self.placement.desc, head);
         loop {
             let at = table + DESC_BYTES * u64::from(index);
@@ -54,13 +64,12 @@ impl Popped {
                 (table, index) = (gpa, 0);
                 continue;
             }
-            let base = ram.host_address(gpa, u64::from(len))?;
-            parts[usize::from(flags & DESC_F_WRITE != 0)].push(iovec {
-                iov_base: base.cast(),
-                iov_len: usize::try_from(len).unwrap_or(0),
-            });
+            let base = ram.host_address(gpa, u64::from(len));
+            let base = base.ok_or(VmmError::Absent("memory that a descriptor names"))?;
+            let piece = (base as usize, usize::try_from(len).unwrap_or(0));
+            parts[usize::from(flags & DESC_F_WRITE != 0)].push(piece);
             if flags & DESC_F_NEXT == 0 {
-                return Some((head, parts));
+                return Ok(Some((head, parts)));
             }
             index = ram.load_u16(at + 14);
         }
@@ -78,15 +87,30 @@ impl Popped {
     }
 }
 
+/// An element that was popped and not completed, and the memory that its iovecs point into.
+#[derive(Debug)]
+struct Submitted {
+    queue: u32,
+    head: u16,
+    _ram: GuestRam,
+}
+
+fn iovecs(part: &[(usize, usize)]) -> Vec<iovec> {
+    let one = |(address, len): &(usize, usize)| iovec {
+        iov_base: *address as *mut libc::c_void,
+        iov_len: *len,
+    };
+    part.iter().map(one).collect()
+}
+
 /// All queues of a device that is handed elements.
 #[derive(Debug)]
 pub struct ElementQueues {
     device: Arc<Device>,
-    ram: Arc<GuestRam>,
     queues: Vec<Popped>,
     completion_event: Arc<EventFd>,
-    /// Tokens of elements that the device has, with queue and head.
-    submitted: HashMap<u64, (u32, u16)>,
+    waiting: Vec<Waiting>,
+    submitted: HashMap<u64, Submitted>,
     next_token: u64,
 }
 
@@ -114,9 +138,9 @@ impl ElementQueues {
         }
         Ok(Self {
             device: Arc::clone(guest.device()),
-            ram: Arc::clone(guest.ram()),
             queues,
             completion_event: Arc::clone(&guest.completion_event),
+            waiting: Vec::new(),
             submitted: HashMap::new(),
             next_token: 1,
         })
@@ -131,35 +155,46 @@ impl ElementQueues {
     /// Pops everything that is available and hands it over; returns how many.
     ///
     /// # Errors
-    /// The device refuses them; they count as popped.
+    /// The device refuses them; they are handed over with the next call.
     pub fn submit_available(&mut self) -> Result<usize> {
-        let mut popped = Vec::new();
+        let ram = self.device.ram()?;
         for queue in &mut self.queues {
-            while let Some((head, parts)) = queue.pop(&self.ram) {
-                popped.push((queue.index, head, parts));
+            while let Some((head, parts)) = queue.pop(&ram)? {
+                let (token, queue) = (self.next_token, queue.index);
+                self.next_token += 1;
+                let _ram = ram.clone();
+                self.submitted
+                    .insert(token, Submitted { queue, head, _ram });
+                self.waiting.push(Waiting {
+                    token,
+                    queue,
+                    parts,
+                });
             }
         }
-        let mut elements = Vec::new();
-        for (queue, head, [readable, writable]) in &popped {
-            let token = self.next_token;
-            self.next_token += 1;
-            self.submitted.insert(token, (*queue, *head));
-            let count = |part: &Vec<iovec>| u32::try_from(part.len()).unwrap_or(u32::MAX);
-            elements.push(aerostat_element {
-                token,
+        let vectors: Vec<[Vec<iovec>; 2]> = self
+            .waiting
+            .iter()
+            .map(|waiting| waiting.parts.each_ref().map(|part| iovecs(part)))
+            .collect();
+        let elements = self.waiting.iter().zip(&vectors);
+        let elements: Vec<aerostat_element> = elements
+            .map(|(waiting, [readable, writable])| aerostat_element {
+                token: waiting.token,
                 readable: readable.as_ptr(),
                 writable: writable.as_ptr(),
-                n_readable: count(readable),
-                n_writable: count(writable),
-                queue: *queue,
+                n_readable: u32::try_from(readable.len()).unwrap_or(u32::MAX),
+                n_writable: u32::try_from(writable.len()).unwrap_or(u32::MAX),
+                queue: waiting.queue,
                 flags: 0,
-            });
-        }
+            })
+            .collect();
         if !elements.is_empty() {
-            // SAFETY: the iovecs point into the guest's memory, which `self.ram` keeps mapped; this
-            // value is dropped after the device was reset or has completed them, or with a device
-            // whose last handle goes before its memory does.
+            // SAFETY: the iovecs point into memory that `submitted` keeps mapped until the
+            // completion is collected. If this value goes before that, the device still keeps the
+            // same memory, until it is reset or gets another table.
             unsafe { self.device.submit(&elements) }?;
+            self.waiting.clear();
         }
         Ok(elements.len())
     }
@@ -173,18 +208,20 @@ impl ElementQueues {
     /// If the device completes what it was not given, or completes it twice (I2).
     pub fn collect(&mut self) -> Result<Vec<aerostat_completion>> {
         let mut all = Vec::new();
+        let ram = self.device.ram()?;
         loop {
             let completions = self.device.completions()?;
             for completion in &completions {
                 let token = completion.token;
                 let known = self.submitted.remove(&token);
                 assert!(known.is_some(), "completion {token} is not outstanding");
-                let (index, head) = known.ok_or(VmmError::Absent("element of this token"))?;
-                assert_eq!(u32::from(completion.queue), index, "another queue's");
+                let Submitted { queue, head, .. } =
+                    known.ok_or(VmmError::Absent("element of this token"))?;
+                assert_eq!(u32::from(completion.queue), queue, "another queue's");
                 let served = completion.flags & aerostat::AEROSTAT_COMPLETION_UNSERVED == 0;
                 let mut queues = self.queues.iter_mut();
-                if let Some(queue) = queues.find(|queue| queue.index == index && served) {
-                    queue.push(&self.ram, head, completion.written_bytes);
+                if let Some(queue) = queues.find(|popped| popped.index == queue && served) {
+                    queue.push(&ram, head, completion.written_bytes);
                 }
             }
             let last = completions.len() < 64;
@@ -235,12 +272,21 @@ impl ElementPump {
                 events.extend(queues.queues.iter().map(|queue| Arc::clone(&queue.kick)));
                 let polled: Vec<&EventFd> = events.iter().map(AsRef::as_ref).collect();
                 while !stop.load(Ordering::Acquire) {
-                    let outcome = queues.submit_available().and_then(|_| queues.collect());
-                    if let Err(error) = outcome {
+                    let submitted = queues.submit_available().map(drop);
+                    let mut sleep = Duration::from_secs(3600);
+                    let outcome = match submitted {
+                        // The VM is stopped: its elements have to wait.
+                        Err(error) if error.errno() == Some(libc::EBUSY) => {
+                            sleep = Duration::from_millis(1);
+                            Ok(())
+                        }
+                        other => other,
+                    };
+                    if let Err(error) = outcome.and_then(|()| queues.collect().map(drop)) {
                         eprintln!("the VMM's loop gives up: {error}");
                         return;
                     }
-                    wait_any(&polled, Duration::from_secs(3600));
+                    wait_any(&polled, sleep);
                     for event in &polled {
                         event.take();
                     }

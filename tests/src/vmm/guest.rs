@@ -91,7 +91,15 @@ impl Vmm {
     /// # Errors
     /// The library is missing, or refuses.
     pub fn new() -> Result<Self> {
-        let runtime = Runtime::new(0)?;
+        Self::with_workers(0)
+    }
+
+    /// As [`Self::new`], with this many threads for each host node.
+    ///
+    /// # Errors
+    /// The library is missing, or refuses.
+    pub fn with_workers(workers_per_node: u32) -> Result<Self> {
+        let runtime = Runtime::new(workers_per_node)?;
         Ok(Self { runtime })
     }
 
@@ -263,6 +271,8 @@ impl Guest {
     pub fn restart_driver(&mut self) -> Result<()> {
         self.pump = None;
         self.device.reset()?;
+        // What the old driver had out is of no interest to the new one.
+        while !self.device.completions()?.is_empty() {}
         self.start_driver()
     }
 
@@ -279,11 +289,6 @@ impl Guest {
     /// Ends it again.
     pub fn stop_following(&mut self) {
         self.follower = None;
-    }
-
-    /// Ends the VMM's own serving of element queues, for tests that do it step by step.
-    pub fn stop_pump(&mut self) {
-        self.pump = None;
     }
 
     /// Makes a working set of `pages` pages, and has the host allocate all the rest of the guest's

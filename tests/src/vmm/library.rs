@@ -86,7 +86,7 @@ symbols! {
     aerostat_device_query(*const aerostat_device, *mut aerostat_balloon) -> c_int;
     aerostat_device_guest_stats(*mut aerostat_device, u32, *mut aerostat_guest_stats) -> c_int;
     aerostat_device_set_stats_interval(*mut aerostat_device, u32) -> c_int;
-    aerostat_device_start_hints(*mut aerostat_device, u32, *mut u32) -> c_int;
+    aerostat_device_start_hints(*mut aerostat_device, u32) -> c_int;
     aerostat_device_finish_hints(*mut aerostat_device) -> c_int;
     aerostat_device_take_hints(*mut aerostat_device, *mut aerostat_range, usize, *mut u32) -> c_int;
     aerostat_device_counters(*const aerostat_device, *mut aerostat_counters) -> c_int;

@@ -5,7 +5,7 @@
 #![allow(unsafe_code, reason = "reads and writes guest memory")]
 
 use super::PAGE_BYTES;
-use super::error::Result;
+use super::error::{Result, VmmError};
 use super::mapping::{Backing, Mapping};
 use aerostat::{
     AEROSTAT_REGION_PINNED, AEROSTAT_REGION_READONLY, AEROSTAT_REGION_SHARED,
@@ -152,6 +152,17 @@ impl GuestRam {
     pub fn allocated_bytes(&self) -> Result<u64> {
         let regions = self.regions.iter();
         regions.map(|region| region.mapping.allocated_bytes()).sum()
+    }
+
+    /// How much of that is behind the region at `gpa`.
+    ///
+    /// # Errors
+    /// There is no such region, or the kernel does not tell.
+    pub fn allocated_bytes_at(&self, gpa: u64) -> Result<u64> {
+        let mut regions = self.regions.iter();
+        let region = regions.find(|region| region.spec.gpa == gpa);
+        let region = region.ok_or(VmmError::Absent("region there"))?;
+        region.mapping.allocated_bytes()
     }
 
     /// The host address of `len` bytes at `gpa`, if they lie in one region.

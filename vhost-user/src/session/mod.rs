@@ -36,6 +36,9 @@ use std::sync::Arc;
 const STATUS_DRIVER_OK: u8 = 4;
 const STATUS_NEEDS_RESET: u8 = 64;
 
+/// How many refused requests of a session are worth a warning each.
+const MAX_LOGGED_REFUSALS: u32 = 20;
+
 /// What a request is answered with.
 enum Answer {
     Done,
@@ -58,6 +61,7 @@ struct Session<'a> {
     /// The configuration changed and the front-end has not been told.
     config_changed: bool,
     broken: bool,
+    refusals: u32,
 }
 
 /// Serves `socket` until the front-end goes, breaks the protocol, or `shutdown` is readable.
@@ -77,13 +81,13 @@ pub(crate) fn serve(
     let mut channel = MainChannel::new(socket);
     let mut session = Session::new(vm, &attached);
     loop {
-        while let Some(message) = channel.receive()? {
-            session.answer(&mut channel, message, shutdown)?;
-            session.look_at_device(&config_event);
-        }
         let events = session.wait(&channel, &config_event, shutdown)?;
         if events.shutdown {
             return Err(ChannelError::ShuttingDown.into());
+        }
+        // One at a time: a flood of requests keeps nothing else from being seen to.
+        if let Some(message) = channel.receive()? {
+            session.answer(&mut channel, message, shutdown)?;
         }
         session.look_at_device(&config_event);
         session.look_at_backend_channel();
@@ -124,6 +128,7 @@ impl<'a> Session<'a> {
             rings: (0..Device::MAX_QUEUES).map(|_| Ring::default()).collect(),
             config_changed: false,
             broken: false,
+            refusals: 0,
         }
     }
 
@@ -200,8 +205,15 @@ impl<'a> Session<'a> {
         Ok(channel.reply(header.code, &payload, shutdown)?)
     }
 
-    fn refused(&self, code: u32, refusal: &Refusal) {
-        log::warn!(
+    fn refused(&mut self, code: u32, refusal: &Refusal) {
+        self.refusals = self.refusals.saturating_add(1);
+        // A front-end must not be able to fill the log.
+        let level = match self.refusals {
+            0..=MAX_LOGGED_REFUSALS => log::Level::Warn,
+            _ => log::Level::Debug,
+        };
+        log::log!(
+            level,
             "{}: request {code} refused: {}",
             self.vm.name,
             crate::chain(refusal)

@@ -49,7 +49,7 @@ impl Backend {
         command
             .args(["--workers", "1"])
             .args(arguments)
-            .env("AEROSTAT_LOG", "warn")
+            .env("AEROSTAT_LOG", "error")
             .stdin(Stdio::null());
         for vm in 0..count {
             command

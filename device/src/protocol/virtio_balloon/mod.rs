@@ -190,9 +190,6 @@ fn serve_batch(
         return end;
     }
     (handler.act)(turn);
-    for &(token, written) in &turn.scratch.done {
-        source.complete(token, written);
-    }
     // Size and books are right before the guest, or anyone it tells, can look at them.
     turn.ballooned_bytes
         .store(turn.balloon.ballooned_bytes(), Ordering::Release);
@@ -201,6 +198,9 @@ fn serve_batch(
         bump((handler.chains)(device), turn.scratch.done.len() as u64);
         bump(&mut device.chain_errors, errors);
     });
+    for &(token, written) in &turn.scratch.done {
+        source.complete(token, written);
+    }
     source.publish();
     end
 }

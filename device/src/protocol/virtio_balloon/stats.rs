@@ -9,6 +9,7 @@ use crate::ring::RingError;
 use crate::ring::chain::Chain;
 use crate::ring::source::Source;
 use parking_lot::{Condvar, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// A record is {le16 tag, le64 value}, packed.
@@ -24,7 +25,16 @@ pub(crate) struct StatsBoard {
     held: Mutex<Option<u64>>,
     latest: Mutex<GuestStats>,
     news: Condvar,
+    /// Drivers that have gone: nobody waits for the answer of one.
+    resets: AtomicU64,
     polling: Mutex<Polling>,
+}
+
+/// The last answer before a question, and the driver that was asked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mark {
+    sequence: u64,
+    resets: u64,
 }
 
 /// Asking without being asked to.
@@ -40,11 +50,23 @@ impl StatsBoard {
         *self.latest.lock()
     }
 
-    /// The first answer after number `sequence`, if it comes in time.
-    pub(crate) fn wait_behind(&self, sequence: u64, timeout: Duration) -> Option<GuestStats> {
+    /// Where a question begins, for [`Self::wait_behind`].
+    pub(crate) fn mark(&self) -> Mark {
+        let sequence = self.latest.lock().sequence;
+        Mark {
+            sequence,
+            resets: self.resets.load(Ordering::Acquire),
+        }
+    }
+
+    /// The first answer after `mark`, if it comes in time and from the same driver.
+    pub(crate) fn wait_behind(&self, mark: Mark, timeout: Duration) -> Option<GuestStats> {
         let deadline = Instant::now().checked_add(timeout);
         let mut latest = self.latest.lock();
-        while latest.sequence == sequence {
+        while latest.sequence == mark.sequence {
+            if self.resets.load(Ordering::Acquire) != mark.resets {
+                return None;
+            }
             match deadline {
                 Some(deadline) => {
                     if self.news.wait_until(&mut latest, deadline).timed_out() {
@@ -114,6 +136,8 @@ impl StatsBoard {
         let mut latest = self.latest.lock();
         latest.values = [None; STATS_TAGS];
         latest.received = None;
+        self.resets.fetch_add(1, Ordering::AcqRel);
+        self.news.notify_all();
     }
 }
 
