@@ -105,7 +105,7 @@ pub enum DeviceState {
 pub struct Device {
     /// Dropped first: then the timer wakes nobody any more.
     _timer: KickRegistration,
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     runtime: Arc<Runtime>,
 }
 
@@ -261,6 +261,10 @@ impl Device {
         service.ready()?;
         self.shared.set_state(&mut service, DeviceState::Active);
         self.shared.schedule(service.started());
+        if service.restored.is_some() {
+            // An interrupt may have been lost on the way, and a round of hints has ended.
+            self.shared.signal_config();
+        }
         Ok(())
     }
 

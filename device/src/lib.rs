@@ -28,6 +28,8 @@ pub mod pages;
 mod protocol;
 mod ring;
 pub mod runtime;
+mod saved_state;
+mod saving;
 mod service;
 
 pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};

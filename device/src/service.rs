@@ -12,6 +12,7 @@ use crate::protocol::virtio_balloon::{
 use crate::ring::source::{Completion, Element, ElementQueue, RingQueue, Source};
 use crate::ring::{Ring, RingError, RingFeatures};
 use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable, Timer};
+use crate::saved_state::SavedQueue;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -36,6 +37,8 @@ pub(crate) struct Service {
     pub(crate) features: Option<Features>,
     pub(crate) balloon: Option<Balloon>,
     pub(crate) inhibits: u32,
+    /// Where rings go on, if the device was restored since its last reset.
+    pub(crate) restored: Option<[Option<QueuePosition>; QUEUES as usize]>,
     queues: [Option<Queue>; QUEUES as usize],
 }
 
@@ -156,6 +159,27 @@ impl Service {
         }
     }
 
+    /// The queues as they are saved; `held` is the stats buffer, which counts as not taken.
+    pub(crate) fn saved_queues(
+        &mut self,
+        held: Option<u64>,
+    ) -> [Option<SavedQueue>; QUEUES as usize] {
+        let started = self.started();
+        let stats = self.queue_of(Role::Stats, started).map(|(index, _)| index);
+        let mut saved = [None; QUEUES as usize];
+        for ((slot, queue), index) in saved.iter_mut().zip(&self.queues).zip(0..) {
+            let held = held.filter(|_| stats == Some(index));
+            *slot = queue.as_ref().map(|queue| match &queue.source {
+                Source::Ring(queue) => {
+                    let position = queue.ring.position_before(held);
+                    SavedQueue::Ring { position }
+                }
+                Source::Elements(_) => SavedQueue::Elements,
+            });
+        }
+        saved
+    }
+
     /// The started queue that has `role`, and its index.
     fn queue_of(&mut self, role: Role, started: u32) -> Option<(u16, &mut Queue)> {
         let features = self.features?;
@@ -238,6 +262,7 @@ impl Shared {
             features: None,
             balloon: None,
             inhibits: 0,
+            restored: None,
             queues: [const { None }; QUEUES as usize],
         };
         Ok(Arc::new_cyclic(|this| Self {
@@ -383,6 +408,7 @@ impl Shared {
         self.config.reset();
         self.hints.reset(&self.config);
         service.features = None;
+        service.restored = None;
         service.state = DeviceState::Configuring;
         if let Some(balloon) = &mut service.balloon {
             balloon.reset(&self.books);

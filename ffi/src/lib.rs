@@ -56,6 +56,8 @@ mod hints;
 
 mod counters;
 
+mod saving;
+
 pub use config_space::*;
 pub use counters::*;
 pub use device::*;
@@ -67,6 +69,7 @@ pub use log_sink::*;
 pub use memory::*;
 pub use queue::*;
 pub use runtime::*;
+pub use saving::*;
 pub use stats::*;
 pub use target::*;
 pub use version::*;

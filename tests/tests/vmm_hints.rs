@@ -53,7 +53,7 @@ fn tells_its_unused_memory(guest: &Guest) -> Result<()> {
     let (full, before) = (guest.ram().allocated_bytes()?, guest.books()?);
     guest.config_event.take();
 
-    let id = start(&guest)?;
+    let id = start(guest)?;
 
     assert!(guest.config_event.take() > 0, "no configuration change");
     assert_eq!(guest.driver().hint_command()?, id);

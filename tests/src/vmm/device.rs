@@ -430,6 +430,63 @@ impl Device {
         Ok((ranges, state))
     }
 
+    /// The device as bytes.
+    ///
+    /// # Errors
+    /// None is documented for a live handle.
+    pub fn save(&self) -> Result<Vec<u8>> {
+        let mut state = Vec::new();
+        loop {
+            let mut needed = 0;
+            let (to, len) = (state.as_mut_ptr(), state.len());
+            let (to, out): (*mut u8, _) =
+                (if len == 0 { ptr::null_mut() } else { to }, &raw mut needed);
+            let saved = call!(
+                self.symbols,
+                aerostat_device_save(self.handle, to.cast(), len, out)
+            );
+            match saved {
+                Ok(_) if needed <= len => {
+                    state.truncate(needed);
+                    return Ok(state);
+                }
+                Err(error) if error.errno() != Some(libc::ENOBUFS) => return Err(error),
+                // It may have grown since it was asked.
+                _ => state.resize(needed, 0),
+            }
+        }
+    }
+
+    /// Takes over a saved device.
+    ///
+    /// # Errors
+    /// As the header says.
+    pub fn restore(&self, state: &[u8]) -> Result<()> {
+        let data = state.as_ptr().cast();
+        call!(
+            self.symbols,
+            aerostat_device_restore(self.handle, data, state.len())
+        )
+        .map(drop)
+    }
+
+    /// Where a restored ring goes on.
+    ///
+    /// # Errors
+    /// As the header says.
+    pub fn saved_position(&self, index: u32) -> Result<aerostat_queue_position> {
+        let mut position = aerostat_queue_position {
+            size: size_of_u32::<aerostat_queue_position>(),
+            ..Default::default()
+        };
+        let out = &raw mut position;
+        call!(
+            self.symbols,
+            aerostat_device_saved_position(self.handle, index, out)
+        )?;
+        Ok(position)
+    }
+
     /// The books.
     ///
     /// # Errors

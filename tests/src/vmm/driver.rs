@@ -11,6 +11,7 @@ use super::error::{Result, VmmError};
 use super::hinting::Hinting;
 use super::ram::GuestRam;
 use super::vring::{Piece, Used, Vring};
+use parking_lot::RwLock;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,10 +52,14 @@ pub const ROLES: [Role; 5] = [
     Role::Reporting,
 ];
 
+/// Where the driver finds its device. Whoever replaces the device writes; meanwhile the driver waits,
+/// as a processor of a machine that stands still does.
+pub type Slot = Arc<RwLock<Arc<Device>>>;
+
 /// The driver's state.
 #[derive(Debug)]
 pub struct Driver {
-    pub(super) device: Arc<Device>,
+    pub(super) device: Slot,
     ram: Arc<GuestRam>,
     queues: Vec<(Role, Vring)>,
     /// Two pages of the kernel's own: the array of page frame numbers, the statistics buffer.
@@ -70,7 +75,7 @@ impl Driver {
     /// A driver with its queues; `buffers` are two pages of its own.
     #[must_use]
     pub fn new(
-        device: Arc<Device>,
+        device: Slot,
         ram: Arc<GuestRam>,
         queues: Vec<(Role, Vring)>,
         buffers: u64,
@@ -237,7 +242,9 @@ impl Driver {
     /// The device cannot be read.
     pub fn target_pages(&self) -> Result<usize> {
         let mut bytes = [0; 4];
-        self.device.read_config(CONFIG_NUM_PAGES, &mut bytes)?;
+        self.device
+            .read()
+            .read_config(CONFIG_NUM_PAGES, &mut bytes)?;
         Ok(usize::try_from(u32::from_le_bytes(bytes)).unwrap_or(usize::MAX))
     }
 
@@ -248,6 +255,7 @@ impl Driver {
     pub fn update_actual(&self) -> Result<()> {
         let actual = u32::try_from(self.balloon.len()).unwrap_or(u32::MAX);
         self.device
+            .read()
             .write_config(CONFIG_ACTUAL, &actual.to_le_bytes())
             .map(drop)
     }

@@ -3,7 +3,7 @@
 use super::allocator::{Order, PageAllocator};
 use super::books::assert_balanced;
 use super::device::{Device, Runtime, State, size_of_u32};
-use super::driver::{Driver, ROLES, Role};
+use super::driver::{Driver, ROLES, Role, Slot};
 use super::elements::ElementPump;
 use super::error::{Result, VmmError};
 use super::eventfd::EventFd;
@@ -17,7 +17,7 @@ use aerostat::{
     AEROSTAT_FEATURE_FREE_PAGE_HINT, AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING,
     AEROSTAT_FEATURE_STATS_VQ, AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
 };
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -127,8 +127,9 @@ impl Vmm {
         let (buffers, kernel_end) = buffers_of(config);
         let pfns = ram.pfns().filter(|pfn| pfn * PAGE_BYTES >= kernel_end);
         let allocator = PageAllocator::new(pfns, config.order);
+        let slot = Arc::new(RwLock::new(Arc::clone(&device)));
         let driver = Driver::new(
-            Arc::clone(&device),
+            Arc::clone(&slot),
             Arc::clone(&ram),
             Vec::new(),
             buffers,
@@ -138,6 +139,8 @@ impl Vmm {
             follower: None,
             pump: None,
             driver: Arc::new(Mutex::new(driver)),
+            slot,
+            wiring: Vec::new(),
             device,
             ram,
             config_event,
@@ -163,6 +166,9 @@ pub struct Guest {
     follower: Option<Follower>,
     pump: Option<ElementPump>,
     driver: Arc<Mutex<Driver>>,
+    slot: Slot,
+    /// The started queues, by index, as they were when they were new.
+    wiring: Vec<(u32, aerostat_queue_config)>,
     device: Arc<Device>,
     ram: Arc<GuestRam>,
     /// Signalled when the guest is to get a configuration change interrupt.
@@ -177,6 +183,22 @@ impl Guest {
     #[must_use]
     pub fn device(&self) -> &Arc<Device> {
         &self.device
+    }
+
+    /// Where its driver finds the device.
+    pub(super) fn slot(&self) -> Slot {
+        Arc::clone(&self.slot)
+    }
+
+    /// The started queues.
+    pub(super) fn wiring(&self) -> &[(u32, aerostat_queue_config)] {
+        &self.wiring
+    }
+
+    /// Takes another device, also for the slot.
+    pub(super) fn plug(&mut self, device: Device) -> Arc<Device> {
+        self.device = Arc::new(device);
+        Arc::clone(&self.device)
     }
 
     /// Its memory.
@@ -212,10 +234,12 @@ impl Guest {
     /// The device refuses.
     pub fn start_queues(&mut self, features: u64) -> Result<()> {
         let queues = self.lay_out_queues(features)?;
+        self.wiring.clear();
         for (role, queue) in &queues {
             let index = queue_index(*role, features, self.config.numbering);
             let config = queue_config(queue, self.config.elements);
             self.device.start_queue(index, &config)?;
+            self.wiring.push((index, config));
         }
         self.driver.lock().restart(queues);
         Ok(())

@@ -45,7 +45,9 @@ impl Driver {
     /// The device cannot be read.
     pub fn hint_command(&self) -> Result<u32> {
         let mut bytes = [0; 4];
-        self.device.read_config(CONFIG_HINT_CMD_ID, &mut bytes)?;
+        self.device
+            .read()
+            .read_config(CONFIG_HINT_CMD_ID, &mut bytes)?;
         Ok(u32::from_le_bytes(bytes))
     }
 

@@ -89,6 +89,11 @@ symbols! {
     aerostat_device_start_hints(*mut aerostat_device, u32) -> c_int;
     aerostat_device_finish_hints(*mut aerostat_device) -> c_int;
     aerostat_device_take_hints(*mut aerostat_device, *mut aerostat_range, usize, *mut u32) -> c_int;
+    aerostat_device_save(*mut aerostat_device, *mut c_void, usize, *mut usize) -> c_int;
+    aerostat_device_restore(*mut aerostat_device, *const c_void, usize) -> c_int;
+    aerostat_device_saved_position(
+        *const aerostat_device, u32, *mut aerostat_queue_position
+    ) -> c_int;
     aerostat_device_counters(*const aerostat_device, *mut aerostat_counters) -> c_int;
     aerostat_device_node_counters(*const aerostat_device, i32, *mut aerostat_counters) -> c_int;
     aerostat_device_submit(*mut aerostat_device, *const aerostat_element, usize) -> c_int;

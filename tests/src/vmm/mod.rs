@@ -10,6 +10,7 @@
 //! - [`mapping`], [`ram`]: guest memory, and how much of it the host has allocated;
 //! - [`eventfd`]: kicks and interrupts;
 //! - [`guest`]: a machine put together from these, step by step or booted at once;
+//! - [`migration`]: a guest moves to another device;
 //! - [`elements`]: the VMM's half of a virtqueue, for devices that are handed elements;
 //! - [`vring`]: the driver's half of a split ring;
 //! - [`allocator`]: which pages the guest has in use;
@@ -33,6 +34,7 @@ pub mod hinting;
 pub mod hostile;
 pub mod library;
 pub mod mapping;
+pub mod migration;
 pub mod ram;
 pub mod vring;
 pub mod working_set;

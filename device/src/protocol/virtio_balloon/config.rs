@@ -58,6 +58,13 @@ impl ConfigSpace {
         self.poison_val.store(0, Ordering::Release);
     }
 
+    /// Takes over a saved device's fields.
+    pub(crate) fn restore(&self, num_pages: u32, actual: u32, poison_val: u32) {
+        self.num_pages.store(num_pages, Ordering::Release);
+        self.actual.store(actual, Ordering::Release);
+        self.poison_val.store(poison_val, Ordering::Release);
+    }
+
     fn bytes(&self) -> [u8; CONFIG_BYTES] {
         let mut bytes = [0; CONFIG_BYTES];
         let fields = [
