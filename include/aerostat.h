@@ -301,6 +301,24 @@ enum aerostat_hint_state {
     AEROSTAT_HINT_COMPLETE = 2,
 };
 
+/** What an entry of the history tells of. */
+enum aerostat_history_event {
+    /** aerostat_device_set_target(), maybe with the same target. */
+    AEROSTAT_HISTORY_TARGET_SET = 1,
+    /** The driver wrote how much it holds. */
+    AEROSTAT_HISTORY_ACTUAL_WRITTEN = 2,
+    /** The device was reset. */
+    AEROSTAT_HISTORY_RESET = 3,
+    /** aerostat_device_inhibit(). */
+    AEROSTAT_HISTORY_INHIBITED = 4,
+    /** aerostat_device_uninhibit(). */
+    AEROSTAT_HISTORY_UNINHIBITED = 5,
+    /** A ring broke: AEROSTAT_STATE_NEEDS_RESET. */
+    AEROSTAT_HISTORY_NEEDS_RESET = 6,
+    /** aerostat_device_restore(). */
+    AEROSTAT_HISTORY_RESTORED = 7,
+};
+
 /** How much a log message matters. */
 enum aerostat_log_level {
     /** Nothing is logged. */
@@ -625,6 +643,27 @@ struct aerostat_counters {
     uint64_t hint_chains;
     /** 0. */
     uint64_t reserved[7];
+};
+
+/** A balloon at the moment of a change. This structure has a fixed length. */
+struct aerostat_history_entry {
+    /**
+     * Its number: 1 for the first, always growing. Missing numbers were dropped, or were values of
+     * `actual` that another one followed within 100 ms.
+     */
+    uint64_t sequence;
+    /** When it happened: CLOCK_MONOTONIC in nanoseconds. */
+    uint64_t monotonic_ns;
+    /** Bytes that the balloon should hold. */
+    uint64_t target_bytes;
+    /** Bytes that the driver says it holds. */
+    uint64_t actual_bytes;
+    /** Bytes that it holds by the device's own count. */
+    uint64_t ballooned_bytes;
+    /** An enum aerostat_history_event; later versions may have more. */
+    uint32_t event;
+    /** 0. */
+    uint32_t reserved;
 };
 
 /** The version of this header, to compare with aerostat_version(). */
@@ -1244,6 +1283,21 @@ int aerostat_device_counters(const struct aerostat_device *device,
 int aerostat_device_node_counters(const struct aerostat_device *device,
                                   int32_t node,
                                   struct aerostat_counters *out);
+
+/**
+ * Tells what happened with the balloon behind entry number since (0: all there is), oldest first
+ * (requirement A9). Up to 1024 entries are kept; the oldest are dropped, which their numbers show. To
+ * follow, pass the last entry's sequence the next time.
+ *
+ * Returns: how many entries were stored in out, or -EFAULT (device is NULL, or out is NULL and max is
+ * not 0).
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_history(const struct aerostat_device *device,
+                            uint64_t since,
+                            struct aerostat_history_entry *out,
+                            size_t max);
 
 /**
  * Saves a device: for live migration, a snapshot, or an update of the VMM (requirement S13). The

@@ -8,6 +8,7 @@
 use crate::balloon::{Balloon, bump};
 use crate::error::{Error, Result};
 use crate::event::EventFd;
+use crate::history::{History, HistoryEntry, HistoryEvent};
 use crate::memory::{BALLOON_PAGE_SHIFT, Gpa, GuestMemory, NodeId, PfnRange};
 use crate::metrics::{Counters, GuestStats};
 use crate::protocol::virtio_balloon::{Features, HintState, MAX_ROUND, StatsBoard};
@@ -124,6 +125,18 @@ impl Device {
     /// # Errors
     /// Refuses features that cannot be offered and descriptors that are no eventfds.
     pub fn new(runtime: &Arc<Runtime>, config: DeviceConfig) -> Result<Self> {
+        Self::with_history(runtime, config, History::new())
+    }
+
+    /// As [`Self::new`], for a balloon whose history began with an earlier device.
+    ///
+    /// # Errors
+    /// As for [`Self::new`].
+    pub fn with_history(
+        runtime: &Arc<Runtime>,
+        config: DeviceConfig,
+        history: Arc<History>,
+    ) -> Result<Self> {
         let unsupported = config.features & !Self::SUPPORTED_FEATURES;
         if unsupported != 0 {
             return Err(Error::Features {
@@ -138,7 +151,7 @@ impl Device {
         let event = |what, fd: Option<OwnedFd>| fd.map(|fd| EventFd::new(what, fd)).transpose();
         let config_event = event("config_event", config.config_event)?;
         let completion_event = event("completion_event", config.completion_event)?.map(Arc::new);
-        let shared = Shared::new(runtime, offered, config_event, completion_event)?;
+        let shared = Shared::new(runtime, offered, config_event, completion_event, history)?;
         let device: Weak<dyn Servable> =
             Arc::downgrade(&(Arc::clone(&shared) as Arc<dyn Servable>));
         let home = runtime.pool().station_of(None);
@@ -317,6 +330,7 @@ impl Device {
     /// nothing is in flight. Guests are still acknowledged, and what is skipped is counted.
     pub fn inhibit(&self) {
         self.shared.service.lock().change_inhibits(1);
+        self.shared.record(HistoryEvent::Inhibited);
     }
 
     /// Takes back one [`Self::inhibit`].
@@ -329,6 +343,7 @@ impl Device {
             return Err(Error::Unbalanced("uninhibit"));
         }
         service.change_inhibits(-1);
+        self.shared.record(HistoryEvent::Uninhibited);
         Ok(())
     }
 
@@ -347,6 +362,9 @@ impl Device {
             self.shared
                 .books
                 .enter(|entry| bump(&mut entry.device().config_errors, 1));
+        }
+        if written.actual_changed {
+            self.shared.record(HistoryEvent::ActualWritten);
         }
         written.actual_changed
     }
@@ -369,6 +387,7 @@ impl Device {
         let pages =
             u32::try_from(bytes >> BALLOON_PAGE_SHIFT).map_err(|_| invalid("less than 16 TiB"))?;
         self.shared.config.set_num_pages(pages);
+        self.shared.record(HistoryEvent::TargetSet);
         self.shared.signal_config();
         Ok(u64::from(pages) << BALLOON_PAGE_SHIFT)
     }
@@ -481,6 +500,13 @@ impl Device {
         }
         let negotiated = Features::from_bits_retain(self.features()).contains(feature);
         negotiated.then_some(()).ok_or(Error::NotSupported(name))
+    }
+
+    /// What happened behind entry number `since` of the history, oldest first, at most `max` entries
+    /// (A9). Never waits for a batch.
+    #[must_use]
+    pub fn history(&self, since: u64, max: usize) -> Vec<HistoryEntry> {
+        self.shared.history.since(since, max)
     }
 
     /// The device's books, as of one instant.

@@ -22,6 +22,7 @@ pub mod device;
 pub mod discard;
 pub mod error;
 mod event;
+pub mod history;
 pub mod memory;
 pub mod metrics;
 pub mod pages;
@@ -34,6 +35,7 @@ mod service;
 
 pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
 pub use error::{Error, Result};
+pub use history::{History, HistoryEntry, HistoryEvent};
 pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};
 pub use protocol::virtio_balloon::HintState;

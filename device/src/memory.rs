@@ -2,7 +2,7 @@
 //!
 //! A [`GuestMemory`] is an immutable table of regions; a changed table is a new one that is handed
 //! to the device, which drains before it lets the old one go. All reads and writes of guest memory
-//! in this crate go through [`HostSlice`] and [`HostArea`], which check bounds and use atomic or
+//! in this crate go through [`HostSlice`] and `HostArea`, which check bounds and use atomic or
 //! volatile accesses: the guest may change every byte at any moment (invariant I3).
 #![allow(unsafe_code, reason = "this is the module that touches guest memory")]
 

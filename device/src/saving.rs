@@ -7,6 +7,7 @@
 use crate::balloon::in_regions;
 use crate::device::{Device, DeviceState, QueuePosition};
 use crate::error::{Error, Result};
+use crate::history::HistoryEvent;
 use crate::memory::GuestMemory;
 use crate::pages::ownership::Ownership;
 use crate::protocol::virtio_balloon::{Features, QUEUES};
@@ -89,6 +90,7 @@ impl Device {
         shared.config.restore(saved.num_pages, actual, poison_val);
         shared.hints.restore(&shared.config, saved.hint_id);
         shared.show(&service);
+        shared.record(HistoryEvent::Restored);
         drop(service);
         shared.signal_config();
         Ok(())

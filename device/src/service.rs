@@ -4,14 +4,15 @@ use crate::balloon::{Balloon, bump};
 use crate::device::{DeviceState, QueueConfig, QueuePosition};
 use crate::error::{Error, Result};
 use crate::event::{EventFd, check_eventfd};
-use crate::memory::GuestMemory;
+use crate::history::{History, HistoryEntry, HistoryEvent};
+use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory};
 use crate::metrics::Books;
 use crate::protocol::virtio_balloon::{
     ConfigSpace, Features, HintBoard, QUEUES, Role, StatsBoard, Turn, role_of, serve_pages,
 };
 use crate::ring::source::{Completion, Element, ElementQueue, RingQueue, Source};
 use crate::ring::{Ring, RingError, RingFeatures};
-use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable, Timer};
+use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable, Timer, monotonic_ns};
 use crate::saved_state::SavedQueue;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
@@ -53,6 +54,7 @@ pub(crate) struct Shared {
     pub(crate) books: Books,
     pub(crate) stats: StatsBoard,
     pub(crate) hints: HintBoard,
+    pub(crate) history: Arc<History>,
     pub(crate) timer: Timer,
     pub(crate) service: Mutex<Service>,
     /// The station that serves the device: that of most of its memory.
@@ -255,6 +257,7 @@ impl Shared {
         offered: Features,
         config_event: Option<EventFd>,
         completion_event: Option<Arc<EventFd>>,
+        history: Arc<History>,
     ) -> Result<Arc<Self>> {
         let timer = Timer::new()?;
         let service = Service {
@@ -274,6 +277,7 @@ impl Shared {
             books: Books::new(usize::try_from(runtime.nodes()).unwrap_or(1)),
             stats: StatsBoard::default(),
             hints: HintBoard::default(),
+            history,
             timer,
             service: Mutex::new(service),
             home: AtomicUsize::new(0),
@@ -309,6 +313,19 @@ impl Shared {
         self.memory_bytes.store(memory, Ordering::Release);
         let ballooned = balloon.map_or(0, Balloon::ballooned_bytes);
         self.ballooned_bytes.store(ballooned, Ordering::Release);
+    }
+
+    /// Enters that something happened, as of now.
+    pub(crate) fn record(&self, event: HistoryEvent) {
+        let bytes = |pages| u64::from(pages) << BALLOON_PAGE_SHIFT;
+        self.history.record(HistoryEntry {
+            sequence: 0,
+            monotonic_ns: monotonic_ns(),
+            event,
+            target_bytes: bytes(self.config.num_pages()),
+            actual_bytes: bytes(self.config.actual()),
+            ballooned_bytes: self.ballooned_bytes.load(Ordering::Acquire),
+        });
     }
 
     /// Moves the device to the station of the node that holds most of its memory.
@@ -415,6 +432,7 @@ impl Shared {
         }
         self.kicks.store(0, Ordering::Release);
         self.show(service);
+        self.record(HistoryEvent::Reset);
     }
 
     pub(crate) fn submit(&self, elements: Vec<Element>) -> Result<()> {
@@ -549,6 +567,7 @@ impl Shared {
         });
         self.show(&service);
         if service.state == DeviceState::NeedsReset {
+            self.record(HistoryEvent::NeedsReset);
             self.signal_config();
         }
         more
@@ -564,6 +583,7 @@ impl Drop for Scheduled<'_> {
             let mut service = self.0.service.lock();
             service.state = DeviceState::NeedsReset;
             self.0.show(&service);
+            self.0.record(HistoryEvent::NeedsReset);
             self.0.scheduled.store(false, Ordering::SeqCst);
         }
     }

@@ -214,6 +214,7 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_start_hints(NULL, 1));
     REFUSED(EFAULT, aerostat_device_finish_hints(NULL));
     REFUSED(EFAULT, aerostat_device_take_hints(NULL, NULL, 0, NULL));
+    REFUSED(EFAULT, aerostat_device_history(NULL, 0, NULL, 0));
     REFUSED(EFAULT, aerostat_device_save(NULL, NULL, 0, &size));
     REFUSED(EFAULT, aerostat_device_restore(NULL, &counters, 8));
     REFUSED(EFAULT, aerostat_device_saved_position(NULL, 0, &position));
@@ -380,6 +381,8 @@ static void bad_states(struct aerostat_device *device)
     unsigned char state[4096];
     size_t size = 0, cut;
 
+    REFUSED(EFAULT, aerostat_device_history(device, 0, NULL, 1));
+    CHECK(aerostat_device_history(device, 0, NULL, 0) == 0);
     REFUSED(EFAULT, aerostat_device_save(device, state, sizeof(state), NULL));
     REFUSED(EFAULT, aerostat_device_save(device, NULL, 1, &size));
     OK(aerostat_device_save(device, NULL, 0, &size));

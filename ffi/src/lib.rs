@@ -56,6 +56,8 @@ mod hints;
 
 mod counters;
 
+mod history;
+
 mod saving;
 
 pub use config_space::*;
@@ -64,6 +66,7 @@ pub use device::*;
 pub use element::*;
 pub use features::*;
 pub use hints::*;
+pub use history::*;
 pub use last_error::aerostat_last_error;
 pub use log_sink::*;
 pub use memory::*;

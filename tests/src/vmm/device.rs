@@ -6,9 +6,9 @@ use super::library::{Symbols, symbols};
 use super::ram::GuestRam;
 use aerostat::{
     aerostat_balloon, aerostat_completion, aerostat_counters, aerostat_device,
-    aerostat_device_config, aerostat_element, aerostat_guest_stats, aerostat_memory,
-    aerostat_queue_config, aerostat_queue_position, aerostat_range, aerostat_runtime,
-    aerostat_runtime_config,
+    aerostat_device_config, aerostat_element, aerostat_guest_stats, aerostat_history_entry,
+    aerostat_memory, aerostat_queue_config, aerostat_queue_position, aerostat_range,
+    aerostat_runtime, aerostat_runtime_config,
 };
 use parking_lot::Mutex;
 use std::ffi::{CStr, c_int};
@@ -428,6 +428,21 @@ impl Device {
         )?;
         ranges.truncate(usize::try_from(count).unwrap_or(0));
         Ok((ranges, state))
+    }
+
+    /// What happened behind entry number `since`, at most `max` entries.
+    ///
+    /// # Errors
+    /// None is documented for a live handle.
+    pub fn history(&self, since: u64, max: usize) -> Result<Vec<aerostat_history_entry>> {
+        let mut entries = vec![aerostat_history_entry::default(); max];
+        let first = entries.as_mut_ptr();
+        let count = call!(
+            self.symbols,
+            aerostat_device_history(self.handle, since, first, max)
+        )?;
+        entries.truncate(usize::try_from(count).unwrap_or(0));
+        Ok(entries)
     }
 
     /// The device as bytes.
