@@ -417,6 +417,7 @@ impl Shared {
     }
 
     pub(crate) fn reset(&self, service: &mut Service) {
+        let set_up = service.features.is_some() || self.config.actual() != 0;
         for index in 0..QUEUES {
             // Queues that are not started have nothing to stop.
             let _ = self.stop_queue(service, index);
@@ -432,7 +433,9 @@ impl Shared {
         }
         self.kicks.store(0, Ordering::Release);
         self.show(service);
-        self.record(HistoryEvent::Reset);
+        if set_up {
+            self.record(HistoryEvent::Reset);
+        }
     }
 
     pub(crate) fn submit(&self, elements: Vec<Element>) -> Result<()> {
