@@ -15,7 +15,7 @@ const MAGIC: [u8; 8] = *b"AEROSTAT";
 /// The only version so far.
 const VERSION: u32 = 1;
 /// Everything before the runs: see docs/saved-state.md.
-const HEADER_BYTES: usize = 104;
+const HEADER_BYTES: usize = 112;
 const CHECKSUM_BYTES: usize = 4;
 const LENGTH_AT: usize = 16;
 /// The features were selected: without it `negotiated` is 0.
@@ -49,6 +49,9 @@ pub(crate) struct SavedState {
     pub(crate) poison_val: u32,
     /// The id of the last round of hints; 0 for none.
     pub(crate) hint_id: u32,
+    /// The last host reset, and the last one that the driver acknowledged (requirement V3).
+    pub(crate) reset_id: u32,
+    pub(crate) reset_ack: u32,
     pub(crate) queues: [Option<SavedQueue>; QUEUES as usize],
 }
 
@@ -67,18 +70,17 @@ pub(crate) fn encode(state: &SavedState, runs: impl FnOnce(&mut dyn FnMut(PfnRan
     bytes.extend(state.offered.to_le_bytes());
     bytes.extend(state.negotiated.unwrap_or(0).to_le_bytes());
     let flags = state.negotiated.map_or(0, |_| FLAG_NEGOTIATED);
-    let (target, actual) = (state.num_pages, state.actual);
-    let queues = u32::from(QUEUES);
-    for word in [
+    let words = [
         flags,
-        target,
-        actual,
+        state.num_pages,
+        state.actual,
         state.poison_val,
         state.hint_id,
-        queues,
-    ] {
-        bytes.extend(word.to_le_bytes());
-    }
+        state.reset_id,
+        state.reset_ack,
+        u32::from(QUEUES),
+    ];
+    bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
     for queue in state.queues {
         let entry = match queue {
             None => [QUEUE_STOPPED, 0, 0, 0],
@@ -167,8 +169,11 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(SavedState, Runs<'_>)> {
     if !selected && state != DeviceState::Configuring {
         return Err(bad("a device that runs without features", 40));
     }
-    let [num_pages, actual, poison_val, hint_id] =
-        [fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?];
+    let mut words = [0; 6];
+    for word in &mut words {
+        *word = fields.u32()?;
+    }
+    let [num_pages, actual, poison_val, hint_id, reset_id, reset_ack] = words;
     if fields.u32()? != u32::from(QUEUES) {
         return Err(bad("another number of queues", fields.at - 4));
     }
@@ -200,6 +205,8 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(SavedState, Runs<'_>)> {
         actual,
         poison_val,
         hint_id,
+        reset_id,
+        reset_ack,
         queues,
     };
     let (bytes, at) = (covered, HEADER_BYTES);

@@ -14,6 +14,8 @@ fn state() -> SavedState {
         actual: 900,
         poison_val: 0xaaaa_aaaa,
         hint_id: 5,
+        reset_id: 9,
+        reset_ack: 8,
         queues: [
             Some(SavedQueue::Ring { position }),
             Some(SavedQueue::Elements),
@@ -66,12 +68,13 @@ fn the_checksum_is_the_common_one() {
 fn the_layout_is_the_documented_one() {
     let bytes = encoded(&state(), &[range(0x100, 0x180), range(0x200, 0x201)]);
     assert_eq!(&bytes[..16], b"AEROSTAT\x01\0\0\0\x02\0\0\0");
-    assert_eq!(bytes[16..24], 115u64.to_le_bytes());
+    assert_eq!(bytes[16..24], 123u64.to_le_bytes());
     assert_eq!(bytes[40..48], [1, 0, 0, 0, 0xe8, 3, 0, 0]);
-    assert_eq!(bytes[60..72], [5, 0, 0, 0, 1, 0, 3, 0x80, 7, 0, 0, 0]);
-    assert_eq!(bytes[72..80], [2, 0, 0, 0, 0, 0, 0, 0]);
-    assert_eq!(bytes[104..111], [0x80, 2, 0x80, 1, 0x80, 1, 1]);
-    assert_eq!(bytes.len(), 115);
+    assert_eq!(bytes[56..68], [5, 0, 0, 0, 9, 0, 0, 0, 8, 0, 0, 0]);
+    assert_eq!(bytes[68..80], [5, 0, 0, 0, 1, 0, 3, 0x80, 7, 0, 0, 0]);
+    assert_eq!(bytes[80..88], [2, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(bytes[112..119], [0x80, 2, 0x80, 1, 0x80, 1, 1]);
+    assert_eq!(bytes.len(), 123);
 }
 
 #[test]
@@ -135,9 +138,9 @@ fn what_a_sealed_state_may_not_say_is_refused() {
         (32, 0x80),
         (40, 3),
         (40, 0),
-        (60, 4),
-        (64, 3),
-        (70, 1),
+        (68, 4),
+        (72, 3),
+        (78, 1),
     ] {
         let mut bytes = encoded(&state(), &[]);
         bytes.truncate(HEADER_BYTES);
@@ -157,7 +160,7 @@ proptest! {
     #[test]
     fn what_is_written_is_read(
         gaps in prop::collection::vec((1u64..1 << 20, 1u64..1 << 20), 0..50),
-        words in any::<(u64, u32, u32, u32, u32)>(),
+        words in any::<(u64, u32, u32, u32, u32, u32, u32)>(),
         kinds in any::<[Option<Option<(u16, u16)>>; 5]>(),
         stands in 0u32..4,
     ) {
@@ -173,13 +176,13 @@ proptest! {
                 position: QueuePosition { next_avail, next_used },
             },
         }));
-        let (features, num_pages, actual, poison_val, hint_id) = words;
+        let (features, num_pages, actual, poison_val, hint_id, reset_id, reset_ack) = words;
         let state = SavedState {
             state: [DeviceState::Configuring, DeviceState::Active, DeviceState::Paused, DeviceState::NeedsReset]
                 [stands as usize],
             offered: u64::MAX,
             negotiated: Some(features),
-            num_pages, actual, poison_val, hint_id, queues,
+            num_pages, actual, poison_val, hint_id, reset_id, reset_ack, queues,
         };
         prop_assert_eq!(decoded(&encoded(&state, &runs)).unwrap(), (state, runs));
     }

@@ -34,6 +34,8 @@ impl Device {
             actual: shared.config.actual(),
             poison_val: shared.config.poison_val(),
             hint_id: shared.hints.id(),
+            reset_id: 0,
+            reset_ack: 0,
             queues,
         };
         saved_state::encode(&state, |each| {
@@ -70,6 +72,9 @@ impl Device {
                 unsupported,
                 offered,
             });
+        }
+        if (saved.reset_id, saved.reset_ack) != (0, 0) {
+            return Err(Error::NotSupported("host reset"));
         }
         let ownership = own(balloon.memory(), runs)?;
 
