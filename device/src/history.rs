@@ -5,9 +5,13 @@
 //! write `actual` in a loop: the ring is bounded (I3), and of values that follow each other closely only
 //! the last is kept, so that a large inflation, or a hostile guest, does not push everything else out.
 
+use crate::memory::BALLOON_PAGE_SHIFT;
+use crate::runtime::monotonic_ns;
+use crate::service::Shared;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Entries kept: 48 KiB a device. At the pace at which values of `actual` are kept apart it covers at
 /// least 100 seconds of a guest that writes all the time.
@@ -99,6 +103,21 @@ impl History {
             .entries
             .partition_point(|entry| entry.sequence <= since);
         ring.entries.iter().skip(first).take(max).copied().collect()
+    }
+}
+
+impl Shared {
+    /// Enters that something happened, as of now.
+    pub(crate) fn record(&self, event: HistoryEvent) {
+        let bytes = |pages| u64::from(pages) << BALLOON_PAGE_SHIFT;
+        self.history.record(HistoryEntry {
+            sequence: 0,
+            monotonic_ns: monotonic_ns(),
+            event,
+            target_bytes: bytes(self.config.num_pages()),
+            actual_bytes: bytes(self.config.actual()),
+            ballooned_bytes: self.ballooned_bytes.load(Ordering::Acquire),
+        });
     }
 }
 

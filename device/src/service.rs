@@ -4,15 +4,15 @@ use crate::balloon::{Balloon, bump};
 use crate::device::{DeviceState, QueueConfig, QueuePosition};
 use crate::error::{Error, Result};
 use crate::event::{EventFd, check_eventfd};
-use crate::history::{History, HistoryEntry, HistoryEvent};
-use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory};
+use crate::history::{History, HistoryEvent};
+use crate::memory::GuestMemory;
 use crate::metrics::Books;
 use crate::protocol::virtio_balloon::{
     ConfigSpace, Features, HintBoard, QUEUES, Role, StatsBoard, Turn, role_of, serve_pages,
 };
 use crate::ring::source::{Completion, Element, ElementQueue, RingQueue, Source};
 use crate::ring::{Ring, RingError, RingFeatures};
-use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable, Timer, monotonic_ns};
+use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable, Timer};
 use crate::saved_state::SavedQueue;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
@@ -313,19 +313,6 @@ impl Shared {
         self.memory_bytes.store(memory, Ordering::Release);
         let ballooned = balloon.map_or(0, Balloon::ballooned_bytes);
         self.ballooned_bytes.store(ballooned, Ordering::Release);
-    }
-
-    /// Enters that something happened, as of now.
-    pub(crate) fn record(&self, event: HistoryEvent) {
-        let bytes = |pages| u64::from(pages) << BALLOON_PAGE_SHIFT;
-        self.history.record(HistoryEntry {
-            sequence: 0,
-            monotonic_ns: monotonic_ns(),
-            event,
-            target_bytes: bytes(self.config.num_pages()),
-            actual_bytes: bytes(self.config.actual()),
-            ballooned_bytes: self.ballooned_bytes.load(Ordering::Acquire),
-        });
     }
 
     /// Moves the device to the station of the node that holds most of its memory.
