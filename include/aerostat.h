@@ -1129,12 +1129,13 @@ int aerostat_device_set_queue_call(struct aerostat_device *device,
  * -EINVAL (an unknown flag, or more than 65536 elements or iovecs),
  * -ENOTCONN (the device is not active),
  * -EBUSY (it is paused),
- * -EFAULT (a pointer is NULL whose count is not 0).
+ * -EFAULT (a pointer is NULL whose count is not 0, or that of an iovec whose length is not 0),
+ * -ERANGE (an iovec reaches behind the address space).
  *
  * Lifetime: elements, and its arrays of iovecs, are read during the call only. What the iovecs
  * point to has to stay mapped until the completion was collected or the device was reset. Iovecs
  * outside the memory table are allowed for what the device reads or writes; reported pages have to
- * be in it, else they are counted as out of range.
+ * be in it, else their element counts as a chain error.
  *
  * Threads: any. Does not wait for the elements.
  */

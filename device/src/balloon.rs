@@ -6,7 +6,7 @@
 use crate::discard::plan::Piece;
 use crate::discard::{Discarder, Outcome};
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, Pfn, PfnRange, Region};
-use crate::metrics::{Books, Counters, Flow};
+use crate::metrics::{Books, Counters, Entry, Flow};
 use crate::pages::ownership::{Bitmap, Ownership};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -143,26 +143,27 @@ impl Balloon {
                 &mut entry.device().rejected_take_bytes,
                 bytes(duplicate_pages),
             );
+            let mut open: Option<OpenFrame> = None;
             for &range in ranges {
                 let (memory, ownership) = (&self.memory, &mut self.ownership);
                 let outside = in_regions(memory, range, |index, region, range| {
                     let Some(bitmap) = ownership.region(index) else {
                         return;
                     };
-                    let counters = entry.node(region.node);
                     let mut taken_pages = 0;
                     if region.pages_per_frame() == 1 {
                         bitmap.remove(range, |run| taken_pages += run.pages());
                     } else {
                         for frame in frames(region, range) {
-                            let before = held_bytes(bitmap, frame);
+                            let open = OpenFrame::switch(&mut open, frame, region, bitmap, entry);
                             bitmap.remove(frame.intersection(range), |run| {
                                 taken_pages += run.pages();
+                                open.after_pages -= run.pages();
                             });
-                            set_held(&mut counters.balloon, before, held_bytes(bitmap, frame));
                         }
                     }
                     self.ballooned_pages -= taken_pages;
+                    let counters = entry.node(region.node);
                     bump(&mut counters.returned_bytes, bytes(taken_pages));
                     bump(
                         &mut counters.rejected_take_bytes,
@@ -170,6 +171,9 @@ impl Balloon {
                     );
                 });
                 bump(&mut entry.device().rejected_take_bytes, bytes(outside));
+            }
+            if let Some(open) = open {
+                open.close(entry);
             }
         });
     }
@@ -414,11 +418,54 @@ fn whole_frames(region: &Region, range: PfnRange) -> Option<PfnRange> {
 
 /// The bytes of `frame` that are in the balloon without the frame being complete.
 fn held_bytes(bitmap: &Bitmap, frame: PfnRange) -> u64 {
-    let pages = bitmap.count(frame);
+    held_of(frame, bitmap.count(frame))
+}
+
+/// What `pages` pages in the balloon hold of `frame`: nothing once it is complete.
+fn held_of(frame: PfnRange, pages: u64) -> u64 {
     if pages == frame.pages() {
         0
     } else {
         bytes(pages)
+    }
+}
+
+/// A huge frame that pages are being taken from. It is counted once, not once a page: a frame has up
+/// to 4 Mi pages, and the guest decides how many ranges it names in it (I3).
+struct OpenFrame {
+    frame: PfnRange,
+    node: Option<NodeId>,
+    before_pages: u64,
+    after_pages: u64,
+}
+
+impl OpenFrame {
+    /// Goes on with `frame`; the one before it is entered.
+    fn switch<'a>(
+        open: &'a mut Option<Self>,
+        frame: PfnRange,
+        region: &Region,
+        bitmap: &Bitmap,
+        entry: &mut Entry<'_>,
+    ) -> &'a mut Self {
+        if let Some(last) = open.take_if(|open| open.frame != frame) {
+            last.close(entry);
+        }
+        open.get_or_insert_with(|| {
+            let pages = bitmap.count(frame);
+            Self {
+                frame,
+                node: region.node,
+                before_pages: pages,
+                after_pages: pages,
+            }
+        })
+    }
+
+    fn close(self, entry: &mut Entry<'_>) {
+        let before = held_of(self.frame, self.before_pages);
+        let after = held_of(self.frame, self.after_pages);
+        set_held(&mut entry.node(self.node).balloon, before, after);
     }
 }
 

@@ -155,7 +155,7 @@ impl Device {
         let device: Weak<dyn Servable> =
             Arc::downgrade(&(Arc::clone(&shared) as Arc<dyn Servable>));
         let home = runtime.pool().station_of(None);
-        let timer = shared.timer.descriptor()?;
+        let timer = shared.timer_descriptor()?;
         let timer = runtime
             .pool()
             .register(home, timer, device, Shared::TIMER)?;
@@ -235,7 +235,9 @@ impl Device {
         self.shared
             .start_queue(self.runtime.pool(), &mut service, index, queue)?;
         if service.state == DeviceState::Active {
-            self.shared.schedule(1 << index);
+            // The others too: what a queue is for depends on which ones are there, and a kick may
+            // have been looked at while its queue was for nothing.
+            self.shared.schedule(service.started());
         }
         Ok(())
     }

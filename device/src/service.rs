@@ -17,6 +17,7 @@ use crate::saved_state::SavedQueue;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -55,7 +56,8 @@ pub(crate) struct Shared {
     pub(crate) stats: StatsBoard,
     pub(crate) hints: HintBoard,
     pub(crate) history: Arc<History>,
-    pub(crate) timer: Timer,
+    /// Locked from when it is found out what is due next until it is set so.
+    timer: Mutex<Timer>,
     pub(crate) service: Mutex<Service>,
     /// The station that serves the device: that of most of its memory.
     pub(crate) home: AtomicUsize,
@@ -278,7 +280,7 @@ impl Shared {
             stats: StatsBoard::default(),
             hints: HintBoard::default(),
             history,
-            timer,
+            timer: Mutex::new(timer),
             service: Mutex::new(service),
             home: AtomicUsize::new(0),
             kicks: AtomicU32::new(0),
@@ -510,10 +512,16 @@ impl Shared {
         !self.scheduled.swap(true, Ordering::SeqCst)
     }
 
+    /// Another descriptor of the timer, to listen on.
+    pub(crate) fn timer_descriptor(&self) -> Result<OwnedFd> {
+        self.timer.lock().descriptor()
+    }
+
     /// Sets the timer for whatever is due next.
     pub(crate) fn set_timer(&self) {
+        let timer = self.timer.lock();
         let due = [self.hints.deadline(), self.stats.next_poll()];
-        self.timer.arm(due.into_iter().flatten().min());
+        timer.arm(due.into_iter().flatten().min());
     }
 
     /// Does what is due; returns what is to be done as if it had been kicked for.

@@ -367,6 +367,11 @@ static void bad_elements(struct aerostat_device *device)
     REFUSED(EFAULT, aerostat_device_submit(device, &element, 1));
     element = good, element.n_readable = UINT32_MAX;
     REFUSED(EINVAL, aerostat_device_submit(device, &element, 1));
+    part.iov_base = NULL;
+    REFUSED(EFAULT, aerostat_device_submit(device, &good, 1));
+    part.iov_base = &pfn, part.iov_len = SIZE_MAX;
+    REFUSED(ERANGE, aerostat_device_submit(device, &good, 1));
+    part.iov_len = sizeof(pfn);
     element = good, element.queue = 5;
     REFUSED(ENOENT, aerostat_device_submit(device, &element, 1));
     OK(aerostat_device_submit(device, NULL, 0));

@@ -5,7 +5,7 @@ use crate::boundary::{Outcome, Refusal, check_flags};
 use crate::device::{aerostat_device, on_device};
 use crate::handle;
 use crate::queue::queue_index;
-use ::aerostat_device::{Element, IoVec};
+use ::aerostat_device::{Element, Error, IoVec};
 use libc::iovec;
 use std::ffi::c_int;
 
@@ -74,12 +74,13 @@ const _: () = assert!(size_of::<aerostat_completion>() == 16);
 /// -EINVAL (an unknown flag, or more than 65536 elements or iovecs),
 /// -ENOTCONN (the device is not active),
 /// -EBUSY (it is paused),
-/// -EFAULT (a pointer is NULL whose count is not 0).
+/// -EFAULT (a pointer is NULL whose count is not 0, or that of an iovec whose length is not 0),
+/// -ERANGE (an iovec reaches behind the address space).
 ///
 /// Lifetime: elements, and its arrays of iovecs, are read during the call only. What the iovecs
 /// point to has to stay mapped until the completion was collected or the device was reset. Iovecs
 /// outside the memory table are allowed for what the device reads or writes; reported pages have to
-/// be in it, else they are counted as out of range.
+/// be in it, else their element counts as a chain error.
 ///
 /// Threads: any. Does not wait for the elements.
 #[unsafe(no_mangle)]
@@ -197,11 +198,23 @@ unsafe fn iovecs(what: &'static str, from: *const iovec, count: u32) -> Outcome<
     if count > MAX_IOVECS {
         return Err(Refusal::invalid(what, count as u64, "at most 65536 iovecs"));
     }
-    let copy = |index| {
-        // SAFETY: index is below count, as the caller promises it may be read.
-        let iovec = unsafe { from.add(index).read_unaligned() };
-        // SAFETY: the memory stays mapped until the element is completed (as the caller promises).
-        unsafe { IoVec::new(iovec.iov_base as usize, iovec.iov_len) }
-    };
-    Ok((0..count).map(copy).collect())
+    (0..count)
+        .map(|index| {
+            // SAFETY: index is below count, as the caller promises it may be read.
+            let iovec = unsafe { from.add(index).read_unaligned() };
+            let (address, len) = (iovec.iov_base as usize, iovec.iov_len);
+            if address == 0 && len != 0 {
+                return Err(Refusal::Null("an iovec's iov_base"));
+            }
+            if address.checked_add(len).is_none() {
+                return Err(Refusal::Device(Error::OutOfRange {
+                    what: "an iovec",
+                    address: address as u64,
+                    len: len as u64,
+                }));
+            }
+            // SAFETY: the memory stays mapped until the element is completed (as the caller promises).
+            Ok(unsafe { IoVec::new(address, len) })
+        })
+        .collect()
 }

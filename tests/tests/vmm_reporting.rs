@@ -2,10 +2,12 @@
 
 use aerostat::{AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_STATS_VQ};
 use aerostat_tests::vmm::driver::{CONFIG_POISON, Role};
+use aerostat_tests::vmm::guest::queue_config;
 use aerostat_tests::vmm::mapping::Backing;
 use aerostat_tests::vmm::ram::RegionSpec;
 use aerostat_tests::vmm::vring::Piece;
 use aerostat_tests::vmm::{Guest, GuestConfig, MIB, Numbering, PAGE_BYTES, Result, Vmm};
+use std::time::Duration;
 
 const MEMFD: Backing = Backing::Memfd { offset_bytes: 0 };
 
@@ -52,6 +54,32 @@ fn reports_come_through_direct_descriptors_too() -> Result<()> {
     let mut config = GuestConfig::new(Backing::Anonymous, 96);
     config.selected &= !aerostat::AEROSTAT_FEATURE_INDIRECT_DESC;
     frees_what_is_reported(&config, 512)
+}
+
+/// What the last queue of a dense numbering is for depends on those before it: while one of them is
+/// stopped, its kicks are kept, since Linux waits for the answer and never kicks again.
+#[test]
+fn a_report_that_comes_while_another_queue_is_stopped_is_answered() -> Result<()> {
+    let vmm = Vmm::new()?;
+    let guest = vmm.boot(&GuestConfig::new(Backing::Anonymous, 64))?;
+    let device = guest.device();
+    let index = guest.index_of(Role::Stats)?;
+    let mut config = {
+        let mut driver = guest.driver();
+        queue_config(driver.queue(Role::Stats)?, false)
+    };
+    let position = device.stop_queue(index)?;
+    (config.next_avail, config.next_used) = (position.next_avail, position.next_used);
+
+    let reported = std::thread::scope(|scope| {
+        let report = scope.spawn(|| guest.driver().report_unused(512));
+        std::thread::sleep(Duration::from_millis(100));
+        device.start_queue(index, &config)?;
+        report.join().expect("the driver's thread lives")
+    })?;
+
+    assert_eq!(guest.settled_books()?.report.discarded_bytes, reported);
+    Ok(())
 }
 
 /// S, "Queues": Linux numbers densely, so the reporting queue is 2 without statistics and 3 with;

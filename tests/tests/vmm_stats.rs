@@ -96,6 +96,23 @@ fn a_guest_that_does_not_answer_times_out_and_its_last_values_stay() -> Result<(
     Ok(())
 }
 
+/// S8: the device asks by itself, as often as it was told to, until it is told to stop.
+#[test]
+fn statistics_come_periodically() -> Result<()> {
+    let vmm = Vmm::new()?;
+    let mut guest = boot(&vmm)?;
+    guest.start_following()?;
+    guest.device().set_stats_interval(10)?;
+    wait_for(&guest, |stats| stats.sequence >= 5)?;
+    guest.device().set_stats_interval(0)?;
+    // One that is under way may still arrive.
+    std::thread::sleep(Duration::from_millis(100));
+    let last = guest.device().guest_stats(0)?.sequence;
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(guest.device().guest_stats(0)?.sequence, last);
+    Ok(())
+}
+
 #[test]
 fn asking_needs_the_feature_and_a_device_that_runs() -> Result<()> {
     let vmm = Vmm::new()?;

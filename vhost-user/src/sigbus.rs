@@ -50,7 +50,7 @@ impl Watched {
             empty.is_ok()
         })?;
         let place = &PLACES[index];
-        place.len.store(len, Ordering::Relaxed);
+        place.len.store(len, Ordering::Release);
         place.lost.store(false, Ordering::Relaxed);
         place.start.store(start, Ordering::Release);
         Some(Self(index))
@@ -70,6 +70,12 @@ impl Drop for Watched {
 
 /// Installs the handler; once, before there are mappings.
 pub(crate) fn install() -> io::Result<()> {
+    // Handlers that were there before are called first, and that of Rust's runtime, which looks for
+    // stack overflows, gives up the signal when it finds none: the second SIGBUS would be the end.
+    // SAFETY: puts the default action in the place of a handler; nothing refers to either.
+    if unsafe { libc::signal(SIGBUS, libc::SIG_DFL) } == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
     // SAFETY: the handler uses atomics, mmap and, for a SIGBUS that is no guest memory's, what
     // signal-hook has for handlers. All of these may be used in one.
     unsafe {
@@ -89,8 +95,13 @@ pub(crate) fn install() -> io::Result<()> {
 fn replace(address: usize) -> bool {
     for place in &PLACES {
         let start = place.start.load(Ordering::Acquire);
-        let len = place.len.load(Ordering::Relaxed);
+        let len = place.len.load(Ordering::Acquire);
         if start <= 1 || address < start || address - start >= len {
+            continue;
+        }
+        // Another session may have emptied the place and used it anew between the two: then the
+        // length is that of another mapping.
+        if place.start.load(Ordering::Relaxed) != start {
             continue;
         }
         place.lost.store(true, Ordering::Relaxed);

@@ -331,7 +331,11 @@ impl Vm {
     /// A level that is raised whenever the driver's `actual` changes, as long as it is kept.
     pub(crate) fn watch_actual(&self) -> io::Result<Arc<Wake>> {
         let wake = Arc::new(Wake::new()?);
-        self.watchers.lock().push(Arc::downgrade(&wake));
+        let mut watchers = self.watchers.lock();
+        // Those who left since the last change: clients come and go while a guest does nothing.
+        watchers.retain(|watcher| watcher.strong_count() > 0);
+        watchers.push(Arc::downgrade(&wake));
+        drop(watchers);
         Ok(wake)
     }
 }

@@ -357,20 +357,22 @@ fn descriptors(backend: &Backend) -> usize {
 }
 
 #[test]
-fn memory_that_is_taken_away_ends_the_session() {
+fn memory_that_is_taken_away_ends_the_session_each_time() {
     let mut scene = Scene::new();
     let mut control = scene.backend.control(0);
-    let mut guest = Guest::new();
-    let mut frontend = Frontend::run(&scene.backend.socket(0), &guest);
-    guest.inflate(FIRST_FREE_PFN..FIRST_FREE_PFN + 4);
-    guest.memory.set_len(0).unwrap();
-    guest.kick(0);
-    assert!(
-        frontend.receive().is_none(),
-        "the session should have ended"
-    );
-    control.wait_for_state("disconnected");
-    scene.check_recovery();
+    for _ in 0..4 {
+        let mut guest = Guest::new();
+        let mut frontend = Frontend::run(&scene.backend.socket(0), &guest);
+        guest.inflate(FIRST_FREE_PFN..FIRST_FREE_PFN + 4);
+        guest.memory.set_len(0).unwrap();
+        guest.kick(0);
+        assert!(
+            frontend.receive().is_none(),
+            "the session should have ended"
+        );
+        control.wait_for_state("disconnected");
+        scene.check_recovery();
+    }
 }
 
 #[test]

@@ -65,42 +65,65 @@ impl Bitmap {
 
     /// Calls `each` for every run of pages in the balloon.
     pub fn runs(&self, each: impl FnMut(PfnRange)) {
-        self.clone().change(self.span, false, each);
+        let mut runs = Runs::new(self.span.start, each);
+        for (index, word) in self.words.iter().enumerate() {
+            runs.add(index, *word);
+        }
+        runs.end();
     }
 
-    fn change(&mut self, range: PfnRange, insert: bool, mut changed: impl FnMut(PfnRange)) {
-        let first = self.span.start.0;
+    fn change(&mut self, range: PfnRange, insert: bool, changed: impl FnMut(PfnRange)) {
         let mut words = std::mem::take(&mut self.words);
-        let mut run: Option<PfnRange> = None;
+        let mut runs = Runs::new(self.span.start, changed);
         self.masks(range, |index, mask| {
             let Some(word) = words.get_mut(index) else {
                 return;
             };
-            let before = *word;
-            let mut flipped = if insert {
-                !before & mask
-            } else {
-                before & mask
-            };
+            let flipped = if insert { !*word & mask } else { *word & mask };
             *word ^= flipped;
-            while flipped != 0 {
-                let bit = u64::from(flipped.trailing_zeros());
-                let count = u64::from((flipped >> bit).trailing_ones());
-                flipped &= !(low_bits(count) << bit);
-                let next = PfnRange::new(Pfn(first + index as u64 * WORD_BITS + bit), count);
-                match &mut run {
-                    Some(run) if run.end == next.start => run.end = next.end,
-                    _ => {
-                        if let Some(done) = run.replace(next) {
-                            changed(done);
-                        }
+            runs.add(index, flipped);
+        });
+        self.words = words;
+        runs.end();
+    }
+}
+
+/// Joins the bits of ascending words to runs of pages.
+struct Runs<F> {
+    first: Pfn,
+    run: Option<PfnRange>,
+    each: F,
+}
+
+impl<F: FnMut(PfnRange)> Runs<F> {
+    fn new(first: Pfn, each: F) -> Self {
+        Self {
+            first,
+            run: None,
+            each,
+        }
+    }
+
+    fn add(&mut self, index: usize, mut bits: u64) {
+        while bits != 0 {
+            let bit = u64::from(bits.trailing_zeros());
+            let count = u64::from((bits >> bit).trailing_ones());
+            bits &= !(low_bits(count) << bit);
+            let next = PfnRange::new(Pfn(self.first.0 + index as u64 * WORD_BITS + bit), count);
+            match &mut self.run {
+                Some(run) if run.end == next.start => run.end = next.end,
+                _ => {
+                    if let Some(done) = self.run.replace(next) {
+                        (self.each)(done);
                     }
                 }
             }
-        });
-        self.words = words;
-        if let Some(done) = run {
-            changed(done);
+        }
+    }
+
+    fn end(mut self) {
+        if let Some(done) = self.run {
+            (self.each)(done);
         }
     }
 }

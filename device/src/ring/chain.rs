@@ -82,6 +82,11 @@ impl Chain {
         self.malformed |= self.readable_bytes() + self.writable_bytes() > MAX_CHAIN_BYTES;
     }
 
+    /// How many buffers it consists of.
+    pub(crate) fn segments(&self) -> usize {
+        self.readable.len() + self.writable.len()
+    }
+
     pub(crate) fn readable_bytes(&self) -> u64 {
         self.readable.iter().map(Segment::len).sum()
     }

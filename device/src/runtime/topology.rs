@@ -82,6 +82,17 @@ impl Host {
         }
     }
 
+    /// A host with these nodes, whatever the one that the test runs on has.
+    #[cfg(test)]
+    pub(crate) fn of_nodes(nodes: Vec<Node>) -> Self {
+        let node_count = nodes.iter().map(|node| node.id.0 + 1).max().unwrap_or(1);
+        Self {
+            topology: None,
+            nodes,
+            node_count,
+        }
+    }
+
     /// Binds the calling thread to a node's processors. Failing is no error: it runs elsewhere.
     pub(crate) fn bind_current_thread(&self, node: &Node) {
         if let (Some(topology), Some(cpus)) = (&self.topology, &node.cpus)

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::memory::{NodeId, Pfn, PfnRange};
 use crate::ring::chain::Chain;
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Select, Sender, unbounded};
 use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -226,7 +226,7 @@ impl Pool {
         for (node, job) in jobs {
             expected += 1;
             if own.is_none() {
-                own = Some((self.station_of(node), job));
+                own = Some(job);
                 continue;
             }
             let results = results.clone();
@@ -239,22 +239,36 @@ impl Pool {
             }
         }
         let mut done = Vec::with_capacity(expected);
-        let Some((home, job)) = own else { return done };
+        let Some(job) = own else { return done };
         done.push(job());
         drop(results);
-        let nothing = crossbeam_channel::never();
-        let parts = self
+        // Parts of every station: were it only one, workers of two stations could wait for each other.
+        let mut wait = Select::new();
+        let result = wait.recv(&collect);
+        let parts: Vec<_> = self
             .stations
-            .get(home)
-            .map_or(&nothing, |station| &station.parts.1);
+            .iter()
+            .map(|station| &station.parts.1)
+            .collect();
+        for parts in &parts {
+            wait.recv(parts);
+        }
         while done.len() < expected {
-            crossbeam_channel::select! {
-                recv(collect) -> result => match result {
+            let ready = wait.select();
+            match ready.index() {
+                index if index == result => match ready.recv(&collect) {
                     Ok(result) => done.push(result),
                     // A part panicked: its result will not come. The pool logged it.
                     Err(_) => break,
                 },
-                recv(parts) -> part => if let Ok(part) = part { run_caught(part) },
+                // The channels of parts were added behind that of the results, in order.
+                index => {
+                    if let Some(parts) = parts.get(index - result - 1)
+                        && let Ok(part) = ready.recv(parts)
+                    {
+                        run_caught(part);
+                    }
+                }
             }
         }
         done
@@ -356,3 +370,7 @@ pub(super) fn spawn(pool: &Arc<Pool>, station: usize, number: u32) -> Result<Joi
             source,
         })
 }
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;

@@ -390,7 +390,7 @@ impl Device {
         Ok(stats)
     }
 
-    /// Has the guest asked for statistics at an interval; 0 stops that.
+    /// Has the guest asked for its statistics this often; 0 ends that.
     ///
     /// # Errors
     /// None is documented for a live handle.

@@ -14,8 +14,10 @@ use super::vring::{Placement, Vring};
 use super::working_set::WorkingSet;
 use super::{MIB, PAGE_BYTES};
 use aerostat::{
-    AEROSTAT_FEATURE_FREE_PAGE_HINT, AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_PAGE_REPORTING,
-    AEROSTAT_FEATURE_STATS_VQ, AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
+    AEROSTAT_FEATURE_DEFLATE_ON_OOM, AEROSTAT_FEATURE_EVENT_IDX, AEROSTAT_FEATURE_FREE_PAGE_HINT,
+    AEROSTAT_FEATURE_INDIRECT_DESC, AEROSTAT_FEATURE_MUST_TELL_HOST,
+    AEROSTAT_FEATURE_PAGE_REPORTING, AEROSTAT_FEATURE_STATS_VQ, AEROSTAT_FEATURE_VERSION_1,
+    AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
 };
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use std::sync::Arc;
@@ -53,9 +55,16 @@ pub struct GuestConfig {
 }
 
 impl GuestConfig {
-    /// What stock Linux selects: all that is offered but poison, which it drops unless free pages
-    /// are initialised.
-    pub const LINUX: u64 = !AEROSTAT_FEATURE_PAGE_POISON;
+    /// What stock Linux selects, as far as this driver can do it: with split rings.
+    /// Linux drops poison unless free pages are initialised.
+    pub const LINUX: u64 = AEROSTAT_FEATURE_MUST_TELL_HOST
+        | AEROSTAT_FEATURE_STATS_VQ
+        | AEROSTAT_FEATURE_DEFLATE_ON_OOM
+        | AEROSTAT_FEATURE_FREE_PAGE_HINT
+        | AEROSTAT_FEATURE_PAGE_REPORTING
+        | AEROSTAT_FEATURE_INDIRECT_DESC
+        | AEROSTAT_FEATURE_EVENT_IDX
+        | AEROSTAT_FEATURE_VERSION_1;
 
     /// A guest with one region at 0.
     #[must_use]

@@ -9,8 +9,8 @@ use super::error::{Result, VmmError};
 use aerostat::{
     aerostat_balloon, aerostat_completion, aerostat_counters, aerostat_device,
     aerostat_device_config, aerostat_element, aerostat_guest_stats, aerostat_history_entry,
-    aerostat_memory, aerostat_memory_region, aerostat_queue_config, aerostat_queue_position,
-    aerostat_range, aerostat_runtime, aerostat_runtime_config,
+    aerostat_log_callback, aerostat_memory, aerostat_memory_region, aerostat_queue_config,
+    aerostat_queue_position, aerostat_range, aerostat_runtime, aerostat_runtime_config,
 };
 use std::env;
 use std::ffi::{c_char, c_int, c_void};
@@ -54,6 +54,7 @@ symbols! {
     aerostat_version() -> u32;
     aerostat_version_string() -> *const c_char;
     aerostat_last_error() -> *const c_char;
+    aerostat_set_log(aerostat_log_callback, *mut c_void, c_int) -> c_int;
     aerostat_runtime_new(*const aerostat_runtime_config, *mut *mut aerostat_runtime) -> c_int;
     aerostat_runtime_destroy(*mut *mut aerostat_runtime);
     aerostat_runtime_nodes(*const aerostat_runtime) -> c_int;

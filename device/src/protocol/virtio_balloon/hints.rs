@@ -5,7 +5,7 @@
 //! The guest gives up nearly all of its memory until the round is done, so a round ends by itself when
 //! its time is up, whatever the VMM does.
 
-use super::{ConfigSpace, Turn};
+use super::{ConfigSpace, MAX_ENTRIES_PER_TURN, Turn};
 use crate::balloon::{bump, in_regions};
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, PfnRange};
@@ -24,9 +24,8 @@ const FIRST_ID: u32 = 2;
 /// Ranges kept for the VMM. Hints beyond them are dropped and counted, which only costs the VMM some
 /// copying: a guest's numbers must not grow our memory (I3).
 const MAX_RANGES: usize = 1 << 16;
-/// Chains taken in one turn, and pieces of memory named in them.
+/// Chains taken in one turn.
 const MAX_CHAINS_PER_TURN: usize = 1024;
-const MAX_ENTRIES_PER_TURN: usize = 1 << 13;
 /// The longest a round may last.
 pub(crate) const MAX_ROUND: Duration = Duration::from_secs(600);
 
@@ -145,23 +144,26 @@ impl HintBoard {
 
 /// Takes what the queue has; true if there is more.
 pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingError> {
-    let (mut served, mut entries) = (0, 0);
+    let (mut served, mut segments) = (0, 0);
     let end = loop {
-        if served == MAX_CHAINS_PER_TURN || entries >= MAX_ENTRIES_PER_TURN {
+        if served == MAX_CHAINS_PER_TURN || segments >= MAX_ENTRIES_PER_TURN {
             break Ok(true);
         }
         let memory = turn.balloon.memory();
         let chain = &mut turn.scratch.chain;
         match source.pop(memory, chain) {
             Ok(true) => {}
-            Ok(false) if source.want_kicks() => continue,
+            Ok(false) if source.want_kicks() => {
+                served += 1;
+                continue;
+            }
             Ok(false) => break Ok(false),
             Err(error) => break Err(error),
         }
         served += 1;
+        segments += chain.segments();
         turn.scratch.ranges.clear();
         let understood = accept(turn.hints, chain, memory, &mut turn.scratch.ranges);
-        entries += turn.scratch.ranges.len();
         turn.books.enter(|entry| {
             let device = entry.device();
             bump(&mut device.hint_chains, 1);

@@ -66,7 +66,8 @@ impl Features {
 const MAX_CHAIN_PFNS: u64 = 1 << 15;
 /// How much is served before other devices get a turn.
 const MAX_CHAINS_PER_TURN: usize = 256;
-/// Listed pages and reported ranges, each of which may cost a discard of its own.
+/// Listed pages and reported ranges, each of which may cost a discard of its own, and descriptors: a
+/// chain may have tens of thousands of them and yet say nothing.
 const MAX_ENTRIES_PER_TURN: usize = 1 << 13;
 /// Reported memory: 1 GiB, eight times what Linux reports in a chain.
 const MAX_REPORTED_PAGES_PER_TURN: u64 = 1 << 18;
@@ -159,12 +160,12 @@ fn serve_batch(
     turn.scratch.pages.clear();
     turn.scratch.ranges.clear();
     turn.scratch.done.clear();
-    let mut errors = 0;
+    let (mut errors, mut segments) = (0, 0);
     let end = loop {
         let scratch = &mut *turn.scratch;
         let reported_pages: u64 = scratch.ranges.iter().map(PfnRange::pages).sum();
         if scratch.done.len() >= MAX_CHAINS_PER_TURN
-            || scratch.pages.len() + scratch.ranges.len() >= MAX_ENTRIES_PER_TURN
+            || scratch.pages.len() + scratch.ranges.len() + segments >= MAX_ENTRIES_PER_TURN
             || reported_pages >= MAX_REPORTED_PAGES_PER_TURN
         {
             break Ok(false);
@@ -180,6 +181,7 @@ fn serve_batch(
                 } = scratch;
                 let understood = !chain.malformed && (handler.read)(chain, memory, pages, ranges);
                 errors += u64::from(!understood);
+                segments += chain.segments();
                 done.push((chain.token, 0));
             }
             Ok(false) => break Ok(true),

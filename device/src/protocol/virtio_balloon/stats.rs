@@ -1,7 +1,7 @@
 //! Guest statistics (5.5.6.4; S8): the device holds the driver's buffer and returns it to ask for
 //! fresh values.
 
-use super::Turn;
+use super::{MAX_ENTRIES_PER_TURN, Turn};
 use crate::balloon::bump;
 use crate::memory::GuestMemory;
 use crate::metrics::{GuestStats, STATS_TAGS};
@@ -148,7 +148,11 @@ impl StatsBoard {
 
 /// Takes what the stats queue has; true if there is more.
 pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingError> {
+    let mut segments = 0;
     for _ in 0..MAX_BUFFERS_PER_TURN {
+        if segments >= MAX_ENTRIES_PER_TURN {
+            break;
+        }
         let memory = turn.balloon.memory();
         let chain = &mut turn.scratch.chain;
         if !source.pop(memory, chain)? {
@@ -157,6 +161,7 @@ pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, Ri
             }
             continue;
         }
+        segments += chain.segments();
         let (values, understood) = parse(chain, memory);
         turn.books.enter(|entry| {
             let device = entry.device();
