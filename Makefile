@@ -3,7 +3,7 @@
 CARGO ?= cargo
 GUEST ?= auto
 
-.PHONY: all setup build check test demo bench header clean help
+.PHONY: all setup build check test fuzz loom demo bench header clean help
 
 all: build
 
@@ -11,6 +11,8 @@ help:
 	@echo 'make demo    boot a real guest, inflate, deflate, show what the host got (GUEST=synthetic: no real guest)'
 	@echo 'make test    everything: lints, unit tests, C programs, test VMM, real guests'
 	@echo 'make check   lints only: formatting, clippy, documentation, generated header'
+	@echo 'make fuzz    fuzz every target for FUZZ_SECONDS (60), TARGETS="split abi" some of them'
+	@echo 'make loom    models of the protocols between threads, in every order of threads'
 	@echo 'make bench   discard benchmarks against the per-page rival'
 	@echo 'make header  regenerate include/aerostat.h after a change of ffi/'
 	@echo 'make build   libaerostat.so, libaerostat.a, aerostat-vhost-user (release)'
@@ -21,7 +23,7 @@ setup:
 	@scripts/setup
 
 build: setup
-	$(CARGO) build --release --workspace
+	$(CARGO) build --release --workspace --exclude aerostat-fuzz
 
 check: setup
 	$(CARGO) fmt --all --check
@@ -30,8 +32,17 @@ check: setup
 
 # The library and the back-end are built first: tests run them as a VMM would, from target/debug.
 test: check
-	$(CARGO) build --workspace
+	$(CARGO) build --workspace --exclude aerostat-fuzz
 	$(CARGO) test --workspace --no-fail-fast
+
+# Needs no nightly toolchain; see scripts/fuzz. What it finds is in target/fuzz.
+fuzz: setup
+	scripts/fuzz $(TARGETS)
+
+# In a directory of its own, since everything is built with another configuration.
+loom: setup
+	RUSTFLAGS='--cfg loom' $(CARGO) test --release -p aerostat-device --lib --target-dir target/loom \
+		-- turnstile:: stats::
 
 demo: build
 	target/release/aerostat-demo --guest $(GUEST) --out target/demo

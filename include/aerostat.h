@@ -214,10 +214,33 @@
 #define AEROSTAT_FEATURE_IN_ORDER (1ull << 35)
 
 /**
+ * The device may refuse pages that the guest puts into the balloon, and says which; a refused page
+ * stays the guest's, with its contents (requirements V1, V2). Not in the standard: the wire format is
+ * in docs/virtio-balloon-extensions.md. Offered if asked for in struct aerostat_device_config; stock
+ * drivers do not select it, and are never refused anything (requirement V4).
+ */
+#define AEROSTAT_FEATURE_PAGE_REFUSAL (1ull << 50)
+
+/**
+ * The host may give all pages of the balloon back to the guest at once, see
+ * aerostat_device_reset_balloon() (requirement V3). It makes the configuration space
+ * AEROSTAT_CONFIG_BYTES_HOST_RESET bytes long if it is offered. Not in the standard: the wire
+ * format is in docs/virtio-balloon-extensions.md. Offered if asked for in struct
+ * aerostat_device_config; stock drivers do not select it (requirement V4).
+ */
+#define AEROSTAT_FEATURE_HOST_RESET (1ull << 51)
+
+/**
  * The length of the configuration space in bytes: num_pages, actual, free_page_hint_cmd_id,
  * poison_val, each 32 bits, little-endian.
  */
 #define AEROSTAT_CONFIG_BYTES 16
+
+/**
+ * The length of the configuration space of a device that offers AEROSTAT_FEATURE_HOST_RESET:
+ * reset_id and reset_ack follow, each 32 bits, little-endian.
+ */
+#define AEROSTAT_CONFIG_BYTES_HOST_RESET 24
 
 /**
  * The VMM pops this queue's elements itself and passes them to aerostat_device_submit(). The
@@ -317,6 +340,8 @@ enum aerostat_history_event {
     AEROSTAT_HISTORY_NEEDS_RESET = 6,
     /** aerostat_device_restore(). */
     AEROSTAT_HISTORY_RESTORED = 7,
+    /** aerostat_device_reset_balloon(). */
+    AEROSTAT_HISTORY_BALLOON_RESET = 8,
 };
 
 /** How much a log message matters. */
@@ -412,7 +437,8 @@ struct aerostat_device_config {
     uint64_t features;
     /**
      * An eventfd signalled when the guest is to get a configuration change interrupt: the target
-     * was set, or the device went to AEROSTAT_STATE_NEEDS_RESET. -1: none. Duplicated.
+     * was set, the balloon reset, or the device went to AEROSTAT_STATE_NEEDS_RESET. -1: none.
+     * Duplicated.
      */
     int32_t config_fd;
     /**
@@ -601,8 +627,12 @@ struct aerostat_flow {
     uint64_t skipped_partial_bytes;
     /** Not discarded: the system call failed. */
     uint64_t skipped_failed_bytes;
+    /** Refused: the balloon would have grown beyond its target (AEROSTAT_FEATURE_PAGE_REFUSAL). */
+    uint64_t skipped_over_target_bytes;
+    /** Not taken: sent before the guest acknowledged an aerostat_device_reset_balloon(). */
+    uint64_t skipped_late_bytes;
     /** 0. */
-    uint64_t reserved[4];
+    uint64_t reserved[2];
 };
 
 /** All counters of a device, or one host node's share of them. */
@@ -641,8 +671,27 @@ struct aerostat_counters {
     uint64_t config_errors;
     /** Buffers completed on the queue of free page hints. */
     uint64_t hint_chains;
+    /**
+     * Of balloon.skipped_*_bytes, those that the guest was told are refused: the pages stayed its own
+     * (AEROSTAT_FEATURE_PAGE_REFUSAL). No term of the balance, as the reasons' counters have them.
+     */
+    uint64_t refused_bytes;
+    /**
+     * Bytes that the guest wanted out of the balloon before it acknowledged an
+     * aerostat_device_reset_balloon(), through which it had them already.
+     */
+    uint64_t late_take_bytes;
+    /** Calls of aerostat_device_reset_balloon() that succeeded. */
+    uint64_t host_resets;
+    /**
+     * Those that are over: the guest acknowledged it or a later one, or it reset the device. Equal to
+     * host_resets when the guest has nothing left to acknowledge.
+     */
+    uint64_t host_resets_acknowledged;
+    /** Bytes that were in the balloon at a call of aerostat_device_reset_balloon(). */
+    uint64_t host_reset_bytes;
     /** 0. */
-    uint64_t reserved[7];
+    uint64_t reserved[2];
 };
 
 /** A balloon at the moment of a change. This structure has a fixed length. */
@@ -716,14 +765,14 @@ struct aerostat_history_entry {
 /** Initializes a struct aerostat_flow. */
 #define AEROSTAT_FLOW_INIT                                                                         \
     {                                                                                              \
-        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                  \
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                            \
     }
 
 /** Initializes a struct aerostat_counters that is to be filled. */
 #define AEROSTAT_COUNTERS_INIT                                                                     \
     {                                                                                              \
         sizeof(struct aerostat_counters), 0, AEROSTAT_FLOW_INIT, AEROSTAT_FLOW_INIT, 0, 0, 0, 0,   \
-            0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                       \
+            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                        \
     }
 
 #ifdef __cplusplus
@@ -906,8 +955,8 @@ int aerostat_device_state(const struct aerostat_device *device);
  * covered may be unmapped. Running rings have to lie in the new table too. Balloon pages in
  * regions that went away are forgotten.
  *
- * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table: the
- * old one stays in use).
+ * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table) or
+ * -EROFS (it is in a read-only region of it): the old one stays in use.
  *
  * Lifetime: the device keeps what it needs of memory, which may be destroyed at once; its mappings
  * have to stay (see aerostat_memory_new()).
@@ -992,6 +1041,28 @@ int aerostat_device_inhibit(struct aerostat_device *device);
 int aerostat_device_uninhibit(struct aerostat_device *device);
 
 /**
+ * Gives all pages of the balloon back to the guest at once (requirement V3), which frees them
+ * without telling the device page by page. Needs AEROSTAT_FEATURE_HOST_RESET, negotiated.
+ *
+ * From the return on the balloon is empty and no page of it is ever discarded (invariant I1).
+ * config_fd has been signalled, so that the guest sees the new reset_id in the configuration
+ * space. Until it acknowledges, what it sends on the inflate and deflate queues is late:
+ * acknowledged (refused, with AEROSTAT_FEATURE_PAGE_REFUSAL), counted in skipped_late_bytes and
+ * late_take_bytes, and not looked at. host_resets_acknowledged of struct aerostat_counters tells
+ * when the guest is through; a guest that never answers has lost nothing but its balloon.
+ *
+ * The target stays, and the guest inflates towards it again once it has acknowledged: set it
+ * first if it is not to. Allowed while paused, and again before the last reset was acknowledged:
+ * the guest then acknowledges the newest. A reset of the device ends what is pending.
+ *
+ * Returns: 0, or -ENOTSUP (AEROSTAT_FEATURE_HOST_RESET is not negotiated), -ENOTCONN (the device is
+ * not active, or needs a reset), -EFAULT (device is NULL).
+ *
+ * Threads: any. May wait for milliseconds, not for the guest.
+ */
+int aerostat_device_reset_balloon(struct aerostat_device *device);
+
+/**
  * Tells which features the guest may select from (VIRTIO 1.4, 2.2; requirement S1).
  *
  * A device whose queues are all element queues may mask the bits of rings, or offer its own: the
@@ -1071,6 +1142,7 @@ int aerostat_device_write_config(struct aerostat_device *device,
  * -EINVAL (an unknown flag, a queue_size that is not allowed, or a position outside the ring),
  * -EADDRNOTAVAIL (an address is not aligned),
  * -ERANGE (a ring is not inside one memory region),
+ * -EROFS (what the device writes to of a ring is in an AEROSTAT_REGION_READONLY region),
  * -EBADF (kick_fd is no open eventfd, or call_fd neither -1 nor one),
  * -ENOTCONN (features or memory are not set, or the device needs a reset),
  * -EMSGSIZE, -E2BIG (config->size),
@@ -1181,6 +1253,35 @@ int aerostat_device_set_target(struct aerostat_device *device,
  * Threads: any. Never waits. The values are each current, but not all of one instant.
  */
 int aerostat_device_query(const struct aerostat_device *device, struct aerostat_balloon *out);
+
+/**
+ * Lets inflated pages wait before they are discarded, so that many go at once: until limit_bytes wait,
+ * until the first of them has waited delay_ms, or until the target is reached. A guest that inflates
+ * is acknowledged at once. 32 MiB and 10 ms suit stock guests; limit_bytes 0 (the default) discards
+ * before each acknowledgement.
+ *
+ * It takes effect while AEROSTAT_FEATURE_MUST_TELL_HOST is negotiated: then a guest does not use pages
+ * of the balloon before their deflate is acknowledged (requirement S7). Pages that wait count as
+ * pending_bytes (invariant I4). They are discarded before aerostat_device_pause(), _inhibit(),
+ * _set_memory(), _stop_queue() and this call return, and not at all if the guest takes them back or
+ * the device is reset. The setting survives a reset.
+ *
+ * Returns: 0, or -EFAULT (device is NULL).
+ *
+ * Threads: any. Waits until what waited is discarded, which takes some milliseconds.
+ */
+int aerostat_device_set_write_behind(struct aerostat_device *device,
+                                     uint64_t limit_bytes,
+                                     uint32_t delay_ms);
+
+/**
+ * Discards what waits (aerostat_device_set_write_behind()) now: when the host needs memory at once.
+ *
+ * Returns: 0, or -EFAULT (device is NULL).
+ *
+ * Threads: any. Waits until it is discarded, which takes some milliseconds.
+ */
+int aerostat_device_flush(struct aerostat_device *device);
 
 /**
  * Tells what the guest last said of its memory. With a timeout it asks the guest first and waits

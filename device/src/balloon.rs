@@ -3,8 +3,12 @@
 //! Invariants: I1 (a page is discarded only while its bit in the ownership bitmap is set, under the
 //! lock of the device that owns this core), I4 (each requested byte is entered exactly once).
 
+mod refusal;
+mod write_behind;
+
+use crate::discard::Discarder;
 use crate::discard::plan::Piece;
-use crate::discard::{Discarder, Outcome};
+use crate::discard::window::Window;
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, Pfn, PfnRange, Region};
 use crate::metrics::{Books, Counters, Entry, Flow};
 use crate::pages::ownership::{Bitmap, Ownership};
@@ -51,8 +55,11 @@ pub(crate) struct Balloon {
     ballooned_pages: u64,
     discarder: Discarder,
     inhibited: bool,
+    window: Window,
     /// Kept between calls for its allocation only.
     pieces: Vec<Piece>,
+    /// What was taken of an offer and is to be settled; else empty.
+    taken: Vec<Piece>,
 }
 
 impl Balloon {
@@ -60,12 +67,14 @@ impl Balloon {
     pub(crate) fn new(memory: Arc<GuestMemory>, discarder: Discarder) -> Self {
         let ownership = Ownership::new(&memory);
         Self {
+            window: Window::new(&memory),
             memory,
             ownership,
             ballooned_pages: 0,
             discarder,
             inhibited: false,
             pieces: Vec::new(),
+            taken: Vec::new(),
         }
     }
 
@@ -79,15 +88,25 @@ impl Balloon {
         bytes(self.ballooned_pages)
     }
 
-    /// From now on nothing is discarded, or discarded again.
-    pub(crate) fn set_inhibited(&mut self, inhibited: bool) {
+    /// What is in the balloon, run by run.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn ranges(&self) -> Vec<PfnRange> {
+        let mut ranges = Vec::new();
+        self.ownership.runs(|run| ranges.push(run));
+        ranges
+    }
+
+    /// From now on nothing is discarded, or discarded again. What was acknowledged before is
+    /// discarded first.
+    pub(crate) fn set_inhibited(&mut self, inhibited: bool, books: &Books) {
+        self.drain(books);
         self.inhibited = inhibited;
     }
 
     /// The guest puts `ranges` in: sorted and disjoint, otherwise as the guest sent them.
     /// `duplicate_pages` were dropped while they were sorted, and are entered here.
     ///
-    /// When this returns, all of it is discarded, held, or skipped for a reason.
+    /// When this returns, all of it is discarded, held, skipped for a reason, or waits in the window.
     pub(crate) fn give(&mut self, ranges: &[PfnRange], duplicate_pages: u64, books: &Books) {
         let mut pieces = std::mem::take(&mut self.pieces);
         pieces.clear();
@@ -132,12 +151,13 @@ impl Balloon {
             }
         });
         self.complete_frames(&mut pieces, books);
-        self.discard(&pieces, Account::Balloon, books);
+        self.release(&pieces, books);
         self.pieces = pieces;
     }
 
     /// The guest wants `ranges` back: sorted and disjoint. From now on they are never discarded.
     pub(crate) fn take(&mut self, ranges: &[PfnRange], duplicate_pages: u64, books: &Books) {
+        self.land_before(ranges);
         books.enter(|entry| {
             bump(
                 &mut entry.device().rejected_take_bytes,
@@ -146,6 +166,7 @@ impl Balloon {
             let mut open: Option<OpenFrame> = None;
             for &range in ranges {
                 let (memory, ownership) = (&self.memory, &mut self.ownership);
+                let window = &mut self.window;
                 let outside = in_regions(memory, range, |index, region, range| {
                     let Some(bitmap) = ownership.region(index) else {
                         return;
@@ -153,9 +174,16 @@ impl Balloon {
                     let mut taken_pages = 0;
                     if region.pages_per_frame() == 1 {
                         bitmap.remove(range, |run| taken_pages += run.pages());
+                        let flow = &mut entry.node(region.node).balloon;
+                        window.remove(index, range, |run| {
+                            lower(&mut flow.pending_bytes, run.bytes());
+                            bump(&mut flow.withdrawn_bytes, run.bytes());
+                        });
                     } else {
                         for frame in frames(region, range) {
                             let open = OpenFrame::switch(&mut open, frame, region, bitmap, entry);
+                            // A frame that waits to be discarded no longer does: it is held again.
+                            window.remove(index, frame, |run| open.waiting_bytes += run.bytes());
                             bitmap.remove(frame.intersection(range), |run| {
                                 taken_pages += run.pages();
                                 open.after_pages -= run.pages();
@@ -224,8 +252,19 @@ impl Balloon {
         self.pieces = pieces;
     }
 
-    /// The balloon is empty again: the guest owns every page (device reset).
+    /// The balloon is empty again: the guest owns every page (device reset). What waits is not
+    /// discarded any more.
     pub(crate) fn reset(&mut self, books: &Books) {
+        self.wait_for_flight();
+        let load = self.window.unload(&self.memory, &mut self.ownership);
+        books.enter(|entry| {
+            for piece in &load.exact {
+                let flow = &mut entry.node(self.node(piece)).balloon;
+                lower(&mut flow.pending_bytes, piece.range.bytes());
+                bump(&mut flow.withdrawn_bytes, piece.range.bytes());
+            }
+        });
+        self.taken.clear();
         let empty = Ownership::new(&self.memory);
         self.replace(Arc::clone(&self.memory), empty, books);
     }
@@ -243,6 +282,7 @@ impl Balloon {
     /// Goes on with another memory table. What is in the balloon stays in it where the new table
     /// still has the page, and is forgotten where it has not.
     pub(crate) fn set_memory(&mut self, memory: Arc<GuestMemory>, books: &Books) {
+        self.drain(books);
         let mut ownership = Ownership::new(&memory);
         self.ownership.runs(|run| {
             in_regions(&memory, run, |index, region, range| {
@@ -273,6 +313,7 @@ impl Balloon {
         self.ballooned_pages = 0;
         ownership.runs(|run| self.ballooned_pages += run.pages());
         self.ownership = ownership;
+        self.window = self.window.over(&memory);
         self.memory = memory;
     }
 
@@ -331,50 +372,87 @@ impl Balloon {
         });
     }
 
-    /// Discards `pieces`, all entered as pending, and enters what became of them.
+    fn has_pinned(&self) -> bool {
+        self.memory.regions().iter().any(|region| region.pinned)
+    }
+
+    /// Discards `pieces`, all entered as pending, unless they are not to be, and enters what became of
+    /// them.
     fn discard(&self, pieces: &[Piece], account: Account, books: &Books) {
-        if pieces.is_empty() {
-            return;
-        }
         let regions = self.memory.regions();
-        let pinned = |piece: &&Piece| regions.get(piece.region).is_some_and(|r| r.pinned);
-        let outcome = if self.inhibited {
-            Outcome::default()
-        } else if pieces.iter().any(|piece| pinned(&piece)) {
-            let free: Vec<_> = pieces
-                .iter()
-                .filter(|piece| !pinned(piece))
-                .copied()
-                .collect();
-            self.discarder.discard(&self.memory, &free)
-        } else {
-            self.discarder.discard(&self.memory, pieces)
-        };
+        let pinned = |piece: &Piece| regions.get(piece.region).is_some_and(|r| r.pinned);
+        let skipped = |piece: &Piece| self.inhibited || pinned(piece);
+        if !self.inhibited && !self.has_pinned() {
+            return carry_out_pieces(&self.memory, &self.discarder, pieces, account, books);
+        }
+        let free: Vec<_> = pieces
+            .iter()
+            .filter(|piece| !skipped(piece))
+            .copied()
+            .collect();
+        carry_out_pieces(&self.memory, &self.discarder, &free, account, books);
         books.enter(|entry| {
-            for piece in pieces {
+            for piece in pieces.iter().filter(|piece| skipped(piece)) {
                 let flow = account.of(entry.node(self.node(piece)));
                 let size = piece.range.bytes();
                 lower(&mut flow.pending_bytes, size);
                 if self.inhibited {
                     bump(&mut flow.skipped_inhibited_bytes, size);
-                } else if pinned(&piece) {
-                    bump(&mut flow.skipped_pinned_bytes, size);
                 } else {
-                    bump(&mut flow.discarded_bytes, size);
+                    bump(&mut flow.skipped_pinned_bytes, size);
                 }
             }
-            for range in &outcome.failed {
-                let node = regions.get(range.region).and_then(|region| region.node);
-                let flow = account.of(entry.node(node));
-                lower(&mut flow.discarded_bytes, range.len);
-                bump(&mut flow.skipped_failed_bytes, range.len);
-            }
-            let device = entry.device();
-            bump(&mut device.discard_calls, outcome.calls);
-            bump(&mut device.discard_ranges, outcome.ranges);
-            bump(&mut device.discard_ns, outcome.nanoseconds);
         });
     }
+}
+
+/// Discards pieces that are not bridged.
+fn carry_out_pieces(
+    memory: &Arc<GuestMemory>,
+    discarder: &Discarder,
+    pieces: &[Piece],
+    account: Account,
+    books: &Books,
+) {
+    carry_out(memory, discarder, pieces, pieces, account, books);
+}
+
+/// Discards `bridged` and enters what became of `exact`, all of which were pending.
+fn carry_out(
+    memory: &Arc<GuestMemory>,
+    discarder: &Discarder,
+    exact: &[Piece],
+    bridged: &[Piece],
+    account: Account,
+    books: &Books,
+) {
+    if exact.is_empty() {
+        return;
+    }
+    let regions = memory.regions();
+    let node = |index: usize| regions.get(index).and_then(|region| region.node);
+    let outcome = discarder.discard(memory, bridged);
+    books.enter(|entry| {
+        for piece in exact {
+            let flow = account.of(entry.node(node(piece.region)));
+            lower(&mut flow.pending_bytes, piece.range.bytes());
+            bump(&mut flow.discarded_bytes, piece.range.bytes());
+        }
+        for failed in &outcome.failed {
+            // Pages that were only bridged over were free before.
+            let of_region = exact.iter().filter(|piece| piece.region == failed.region);
+            let bytes = of_region
+                .map(|piece| piece.range.intersection(failed.range).bytes())
+                .sum();
+            let flow = account.of(entry.node(node(failed.region)));
+            lower(&mut flow.discarded_bytes, bytes);
+            bump(&mut flow.skipped_failed_bytes, bytes);
+        }
+        let device = entry.device();
+        bump(&mut device.discard_calls, outcome.calls);
+        bump(&mut device.discard_ranges, outcome.ranges);
+        bump(&mut device.discard_ns, outcome.nanoseconds);
+    });
 }
 
 /// Calls `each` for the part of `range` in every region it touches; returns how many of its pages
@@ -403,6 +481,16 @@ fn frames(region: &Region, range: PfnRange) -> impl Iterator<Item = PfnRange> + 
     let frame = region.pages_per_frame();
     (range.start.0 / frame..range.end.0.div_ceil(frame))
         .map(move |index| PfnRange::new(Pfn(index * frame), frame))
+}
+
+/// `range` with the frames that it cuts made whole.
+fn whole_frames_around(region: &Region, range: PfnRange) -> PfnRange {
+    let frame = region.pages_per_frame();
+    let start = Pfn(range.start.0 / frame * frame);
+    PfnRange {
+        start,
+        end: Pfn(range.end.0.next_multiple_of(frame)),
+    }
 }
 
 /// The part of `range` that consists of whole frames, if there is any.
@@ -437,6 +525,8 @@ struct OpenFrame {
     node: Option<NodeId>,
     before_pages: u64,
     after_pages: u64,
+    /// What of it waited to be discarded: all, or nothing.
+    waiting_bytes: u64,
 }
 
 impl OpenFrame {
@@ -458,14 +548,18 @@ impl OpenFrame {
                 node: region.node,
                 before_pages: pages,
                 after_pages: pages,
+                waiting_bytes: 0,
             }
         })
     }
 
     fn close(self, entry: &mut Entry<'_>) {
-        let before = held_of(self.frame, self.before_pages);
+        let flow = &mut entry.node(self.node).balloon;
+        lower(&mut flow.pending_bytes, self.waiting_bytes);
+        bump(&mut flow.held_bytes, self.waiting_bytes);
+        let before = self.waiting_bytes + held_of(self.frame, self.before_pages);
         let after = held_of(self.frame, self.after_pages);
-        set_held(&mut entry.node(self.node).balloon, before, after);
+        set_held(flow, before, after);
     }
 }
 
@@ -491,3 +585,7 @@ fn set_held(flow: &mut Flow, before: u64, after: u64) {
 #[path = "balloon_tests.rs"]
 #[allow(unsafe_code, reason = "the tests map memory to balloon")]
 mod tests;
+
+#[cfg(test)]
+#[path = "balloon_window_tests.rs"]
+mod window_tests;

@@ -12,15 +12,15 @@ use std::os::unix::fs::MetadataExt;
 
 const FRAME: u64 = 512;
 
-struct Guest {
-    balloon: Balloon,
+pub(super) struct Guest {
+    pub(super) balloon: Balloon,
     books: Books,
     file: File,
-    _map: MmapRaw,
+    map: MmapRaw,
 }
 
 /// A guest on a file of 8 MiB at guest address 2 MiB, all of it touched.
-fn guest(change: impl Fn(&mut Region)) -> Guest {
+pub(super) fn guest(change: impl Fn(&mut Region)) -> Guest {
     const BYTES: u64 = 8 << 20;
     let file = tempfile::tempfile_in("/dev/shm").unwrap();
     file.set_len(BYTES).unwrap();
@@ -51,15 +51,15 @@ fn guest(change: impl Fn(&mut Region)) -> Guest {
         balloon: Balloon::new(memory, discarder),
         books: Books::new(1),
         file,
-        _map: map,
+        map,
     }
 }
 
-fn huge(region: &mut Region) {
+pub(super) fn huge(region: &mut Region) {
     region.page_size_bytes = FRAME * 4096;
 }
 
-fn range(start: u64, pages: u64) -> PfnRange {
+pub(super) fn range(start: u64, pages: u64) -> PfnRange {
     PfnRange::new(Pfn(start), pages)
 }
 
@@ -67,6 +67,24 @@ impl Guest {
     fn give(&mut self, ranges: &[PfnRange]) -> Flow {
         self.balloon.give(ranges, 0, &self.books);
         self.flow()
+    }
+
+    /// The byte of a page of the region, which the file begins with.
+    fn byte(&self, page: u64) -> *mut u8 {
+        assert!((512..2560).contains(&page));
+        self.map
+            .as_mut_ptr()
+            .wrapping_add((page as usize - 512) * 4096 + 7)
+    }
+
+    pub(super) fn write(&self, page: u64, value: u8) {
+        // SAFETY: inside the file's part of the mapping; nothing else refers to it.
+        unsafe { self.byte(page).write_volatile(value) };
+    }
+
+    pub(super) fn read(&self, page: u64) -> u8 {
+        // SAFETY: as for `write`.
+        unsafe { self.byte(page).read_volatile() }
     }
 
     fn take(&mut self, ranges: &[PfnRange]) -> Flow {
@@ -84,7 +102,7 @@ impl Guest {
         total.balloon
     }
 
-    fn host_pages(&self) -> u64 {
+    pub(super) fn host_pages(&self) -> u64 {
         self.file.metadata().unwrap().blocks() * 512 / 4096
     }
 }
@@ -117,7 +135,7 @@ fn each_reason_has_its_counter() {
         (total.returned_bytes, total.rejected_take_bytes),
         (10 * 4096, 7 * 4096)
     );
-    guest.balloon.set_inhibited(true);
+    guest.balloon.set_inhibited(true, &guest.books);
     assert_eq!(
         guest.give(&[range(600, 10)]).skipped_inhibited_bytes,
         10 * 4096
@@ -251,6 +269,146 @@ proptest! {
                 if frames && pages < FRAME { pages * 4096 } else { 0 }
             }).sum();
             prop_assert_eq!(flow.held_bytes, held);
+        }
+    }
+}
+
+impl Guest {
+    /// Offers pages and settles; returns the places of those refused.
+    fn offer(&mut self, pages: impl IntoIterator<Item = u64>, limit_pages: u64) -> Vec<usize> {
+        let pages: Vec<Pfn> = pages.into_iter().map(Pfn).collect();
+        let mut refused = Vec::new();
+        self.balloon
+            .offer(&pages, limit_pages, &self.books, |place| {
+                refused.push(place);
+            });
+        // In between the books balance too: what is taken is pending.
+        assert!(self.books.total().balloon.balances());
+        self.balloon.settle(&self.books);
+        refused
+    }
+}
+
+#[test]
+fn offers_over_the_limit_are_refused_in_the_order_of_the_guest() {
+    let mut guest = guest(|_| ());
+    assert_eq!(guest.offer((600..620).rev(), 15), [15, 16, 17, 18, 19]);
+    assert_eq!(guest.host_pages(), 2048 - 15);
+    let flow = guest.flow();
+    assert_eq!(flow.skipped_over_target_bytes, 5 * 4096);
+    assert_eq!(guest.books.total().refused_bytes, 5 * 4096);
+    // The limit counts what is in the balloon, not what was offered.
+    guest.take(&[range(605, 4)]);
+    assert_eq!(guest.offer(700..705, 15), [4]);
+}
+
+#[test]
+fn each_reason_to_refuse_has_its_counter_and_the_sum_tells_all() {
+    let mut guest = guest(|_| ());
+    // Out of memory, taken, twice, at the end of what a number can say.
+    assert_eq!(guest.offer([511, 512, 512, u64::MAX], 2048), [0, 2, 3]);
+    guest.balloon.set_inhibited(true, &guest.books);
+    assert_eq!(guest.offer([513, 512], 2048), [0, 1]);
+    let flow = guest.flow();
+    assert_eq!(flow.skipped_out_of_range_bytes, 2 * 4096);
+    assert_eq!(flow.skipped_duplicate_bytes, 2 * 4096);
+    assert_eq!(flow.skipped_inhibited_bytes, 4096);
+    assert_eq!(guest.books.total().refused_bytes, flow.skipped_bytes());
+    assert_eq!(guest.balloon.ballooned_bytes(), 4096);
+}
+
+#[test]
+fn offers_of_pinned_and_readonly_pages_stay_the_guests() {
+    let mut pinned = guest(|region| region.pinned = true);
+    assert_eq!(pinned.offer(512..514, 2048), [0, 1]);
+    assert_eq!(pinned.flow().skipped_pinned_bytes, 2 * 4096);
+    assert_eq!(pinned.balloon.ballooned_bytes(), 0);
+    let mut rom = guest(|region| region.readonly = true);
+    assert_eq!(rom.offer(512..514, 2048), [0, 1]);
+    assert_eq!(rom.flow().skipped_out_of_range_bytes, 2 * 4096);
+}
+
+#[test]
+fn scattered_offers_complete_a_frame_once() {
+    let mut guest = guest(huge);
+    assert!(guest.offer((512..1024).rev().step_by(2), 2048).is_empty());
+    assert_eq!(guest.flow().held_bytes, 256 * 4096);
+    assert!(guest.offer((512..1024).step_by(2), 2048).is_empty());
+    let flow = guest.flow();
+    assert_eq!((flow.held_bytes, flow.discarded_bytes), (0, 512 * 4096));
+    assert_eq!(guest.host_pages(), 2048 - 512);
+}
+
+/// V3, I1: whatever was discarded or held, the guest has everything back.
+#[test]
+fn a_host_reset_returns_all_and_withdraws_what_was_held() {
+    let mut guest = guest(huge);
+    guest.give(&[range(512, 512), range(1024, 10)]);
+    guest.balloon.reset_by_host(&guest.books);
+    let flow = guest.flow();
+    assert_eq!((flow.held_bytes, flow.withdrawn_bytes), (0, 10 * 4096));
+    assert_eq!(guest.balloon.ballooned_bytes(), 0);
+    assert_eq!(guest.books.total().host_reset_bytes, 522 * 4096);
+    // A frame that was complete before is not discarded for its last page alone.
+    assert_eq!(guest.give(&[range(600, 1)]).held_bytes, 4096);
+}
+
+#[test]
+fn late_pages_are_entered_without_being_looked_at() {
+    let guest = guest(|_| ());
+    guest.balloon.turn_away(7, false, &guest.books);
+    guest.balloon.turn_away(5, true, &guest.books);
+    assert_eq!(guest.flow().skipped_late_bytes, 12 * 4096);
+    assert_eq!(guest.books.total().refused_bytes, 5 * 4096);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// The same with offers that may be refused, and resets by the host.
+    #[test]
+    fn books_balance_whatever_is_refused(
+        frames: bool,
+        steps in prop::collection::vec((0u8..8, 400u64..2700, 1u64..300, 0u64..1500), 1..30),
+    ) {
+        let mut guest = guest(|region| if frames { huge(region) });
+        let mut model = BTreeSet::new();
+        for (step, start, pages, limit) in steps {
+            match step {
+                0 => {
+                    guest.balloon.reset_by_host(&guest.books);
+                    model.clear();
+                }
+                1 | 2 => {
+                    guest.take(&[range(start, pages)]);
+                    (start..start + pages).for_each(|page| { model.remove(&page); });
+                }
+                _ => {
+                    // Every third page twice, in descending order.
+                    let list: Vec<u64> = (start..start + pages)
+                        .rev()
+                        .flat_map(|page| [page].repeat(1 + usize::from(page % 3 == 0)))
+                        .collect();
+                    let expected: Vec<usize> = list
+                        .iter()
+                        .enumerate()
+                        .filter(|(_, page)| {
+                            let room = (model.len() as u64) < limit;
+                            let inside = (512..2560).contains(*page);
+                            !(inside && room && model.insert(**page))
+                        })
+                        .map(|(place, _)| place)
+                        .collect();
+                    prop_assert_eq!(guest.offer(list, limit), expected);
+                }
+            }
+            let flow = guest.flow();
+            let total = guest.books.total();
+            prop_assert_eq!(guest.balloon.ballooned_bytes(), model.len() as u64 * 4096);
+            prop_assert_eq!(total.refused_bytes, flow.skipped_bytes());
+            let back = total.returned_bytes + total.host_reset_bytes;
+            let entered = flow.requested_bytes - flow.skipped_bytes();
+            prop_assert_eq!(entered - back, model.len() as u64 * 4096);
         }
     }
 }

@@ -5,7 +5,10 @@
 //! flight: the lock is the drain barrier of pause, reset, inhibit and the memory table (I2). What
 //! vCPU threads and monitors need without waiting (configuration space, target, state) is outside.
 
+mod host_reset;
+
 use crate::balloon::{Balloon, bump};
+use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::history::{History, HistoryEntry, HistoryEvent};
@@ -115,8 +118,11 @@ impl Device {
     pub const SUPPORTED_FEATURES: u64 = Features::all().bits();
     /// What is offered if the configuration leaves the choice.
     pub const DEFAULT_FEATURES: u64 = Features::DEFAULT.bits();
-    /// The length of the configuration space in bytes.
+    /// The length of the configuration space in bytes, without HOST_RESET.
     pub const CONFIG_BYTES: usize = crate::protocol::virtio_balloon::CONFIG_BYTES;
+    /// Its length if HOST_RESET is offered.
+    pub const HOST_RESET_CONFIG_BYTES: usize =
+        crate::protocol::virtio_balloon::HOST_RESET_CONFIG_BYTES;
     /// The number of queues of the fixed numbering.
     pub const MAX_QUEUES: u16 = crate::protocol::virtio_balloon::QUEUES;
 
@@ -216,7 +222,7 @@ impl Device {
             Some(balloon) => balloon.set_memory(memory, &self.shared.books),
             none => {
                 let mut balloon = Balloon::new(memory, self.runtime.discarder());
-                balloon.set_inhibited(inhibited);
+                balloon.set_inhibited(inhibited, &self.shared.books);
                 *none = Some(balloon);
             }
         }
@@ -235,8 +241,8 @@ impl Device {
         self.shared
             .start_queue(self.runtime.pool(), &mut service, index, queue)?;
         if service.state == DeviceState::Active {
-            // The others too: what a queue is for depends on which ones are there, and a kick may
-            // have been looked at while its queue was for nothing.
+            // All of them: another queue may have got its role, or got it back, by this one (dense and
+            // fixed numbers), and its kicks came to nothing before.
             self.shared.schedule(service.started());
         }
         Ok(())
@@ -248,8 +254,9 @@ impl Device {
     /// # Errors
     /// The queue is not started.
     pub fn stop_queue(&self, index: u16) -> Result<QueuePosition> {
-        self.shared
-            .stop_queue(&mut self.shared.service.lock(), index)
+        let mut service = self.shared.service.lock();
+        service.drain(&self.shared.books);
+        self.shared.stop_queue(&mut service, index)
     }
 
     /// Replaces a started ring's call eventfd (vhost-user does so under way).
@@ -274,6 +281,7 @@ impl Device {
             DeviceState::NeedsReset => return Err(Error::NotReady("reset the device")),
         }
         service.ready()?;
+        service.open_window(&self.shared.books);
         self.shared.set_state(&mut service, DeviceState::Active);
         self.shared.schedule(service.started());
         if service.restored.is_some() {
@@ -296,6 +304,7 @@ impl Device {
             DeviceState::Paused => Ok(()),
             DeviceState::Active => {
                 self.shared.finish_elements(&mut service);
+                service.drain(&self.shared.books);
                 self.shared.set_state(&mut service, DeviceState::Paused);
                 Ok(())
             }
@@ -331,7 +340,9 @@ impl Device {
     /// From its return on nothing is discarded until [`Self::uninhibit`]; calls nest. Waits until
     /// nothing is in flight. Guests are still acknowledged, and what is skipped is counted.
     pub fn inhibit(&self) {
-        self.shared.service.lock().change_inhibits(1);
+        let mut service = self.shared.service.lock();
+        service.change_inhibits(1, &self.shared.books);
+        drop(service);
         self.shared.record(HistoryEvent::Inhibited);
     }
 
@@ -344,9 +355,25 @@ impl Device {
         if service.inhibits == 0 {
             return Err(Error::Unbalanced("uninhibit"));
         }
-        service.change_inhibits(-1);
+        service.change_inhibits(-1, &self.shared.books);
         self.shared.record(HistoryEvent::Uninhibited);
         Ok(())
+    }
+
+    /// Lets inflated pages be discarded after they were acknowledged, many at a time, for drivers that
+    /// negotiated MUST_TELL_HOST; may be changed at any time. What waits is discarded first. Off by
+    /// default; [`WriteBehind::RECOMMENDED`] suits stock guests.
+    pub fn set_write_behind(&self, setting: WriteBehind) {
+        let mut service = self.shared.service.lock();
+        service.write_behind = setting;
+        if service.state != DeviceState::Configuring {
+            service.open_window(&self.shared.books);
+        }
+    }
+
+    /// Returns when nothing that was acknowledged waits to be discarded any more.
+    pub fn flush(&self) {
+        self.shared.service.lock().drain(&self.shared.books);
     }
 
     /// Reads the configuration space; what lies behind its end reads as zero. Never waits.
@@ -367,6 +394,12 @@ impl Device {
         }
         if written.actual_changed {
             self.shared.record(HistoryEvent::ActualWritten);
+        }
+        if written.acknowledged_resets > 0 {
+            self.shared.books.enter(|entry| {
+                let acknowledged = &mut entry.device().host_resets_acknowledged;
+                bump(acknowledged, written.acknowledged_resets);
+            });
         }
         written.actual_changed
     }
@@ -410,6 +443,18 @@ impl Device {
     #[must_use]
     pub fn ballooned_bytes(&self) -> u64 {
         self.shared.ballooned_bytes.load(Ordering::Acquire)
+    }
+
+    /// What the ownership bitmap holds, run by run, for tests that keep books of their own.
+    #[cfg(feature = "fuzzing")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn ballooned_ranges(&self) -> Vec<PfnRange> {
+        let service = self.shared.service.lock();
+        service
+            .balloon
+            .as_ref()
+            .map_or_else(Vec::new, Balloon::ranges)
     }
 
     /// The sum of the memory table's regions; 0 without a table.

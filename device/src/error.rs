@@ -69,6 +69,14 @@ pub enum Error {
         /// The length in bytes.
         len: u64,
     },
+    /// What the device has to write to lies in a read-only region (`EROFS`).
+    #[error("{what} at {address:#x} is in a read-only memory region")]
+    ReadOnly {
+        /// The parameter.
+        what: &'static str,
+        /// Its address.
+        address: u64,
+    },
     /// A file descriptor is closed or of the wrong kind (`EBADF`).
     #[error("{what}: file descriptor {fd} is not {expected}")]
     BadFd {
@@ -151,6 +159,7 @@ impl Error {
             Self::Overlap { .. } => libc::EEXIST,
             Self::Unaligned { .. } => libc::EADDRNOTAVAIL,
             Self::OutOfRange { .. } => libc::ERANGE,
+            Self::ReadOnly { .. } => libc::EROFS,
             Self::BadFd { .. } => libc::EBADF,
             Self::AlreadyStarted(_) => libc::EALREADY,
             Self::NotReady(_) => libc::ENOTCONN,

@@ -38,6 +38,8 @@ pub enum HistoryEvent {
     NeedsReset = 6,
     /// A saved state was taken over.
     Restored = 7,
+    /// The host gave the whole balloon back.
+    BalloonReset = 8,
 }
 
 /// The balloon at the moment of a change.

@@ -32,8 +32,10 @@ pub mod runtime;
 mod saved_state;
 mod saving;
 mod service;
+mod sync;
 
 pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
+pub use discard::WriteBehind;
 pub use error::{Error, Result};
 pub use history::{History, HistoryEntry, HistoryEvent};
 pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};

@@ -499,6 +499,24 @@ impl HostArea {
         })
     }
 
+    /// As [`Self::new`], for an area that the device writes to: ROM may be mapped without the right to,
+    /// and a guest that puts its ring there must not end the process.
+    pub(crate) fn writable(
+        memory: &Arc<GuestMemory>,
+        what: &'static str,
+        gpa: Gpa,
+        len: usize,
+        align: u64,
+    ) -> Result<Self> {
+        match memory.find(gpa) {
+            Some((_, region)) if region.readonly => Err(Error::ReadOnly {
+                what,
+                address: gpa.0,
+            }),
+            _ => Self::new(memory, what, gpa, len, align),
+        }
+    }
+
     fn at<T>(&self, offset: usize) -> *mut T {
         let size = size_of::<T>();
         assert!(
@@ -562,18 +580,28 @@ pub(crate) mod tests {
 
     /// A table over ordinary heap memory, for tests that only read and write.
     pub(crate) fn heap_memory(layout: &[(u64, u64)]) -> Arc<GuestMemory> {
+        heap_memory_with(layout, |_| ())
+    }
+
+    /// The same, with regions that are changed before the table is made.
+    pub(crate) fn heap_memory_with(
+        layout: &[(u64, u64)],
+        change: impl Fn(&mut Region),
+    ) -> Arc<GuestMemory> {
         let regions = layout
             .iter()
             .map(|&(gpa, len_bytes)| {
                 // Guest memory outlives every test that uses it: the tables are tiny.
                 let pages = vec![0u8; len_bytes as usize + 4096].leak();
                 let hva = (pages.as_mut_ptr() as usize).next_multiple_of(4096);
-                Region {
+                let mut region = Region {
                     gpa: Gpa(gpa),
                     len_bytes,
                     hva,
                     ..anonymous_region()
-                }
+                };
+                change(&mut region);
+                region
             })
             .collect();
         // SAFETY: the memory is leaked and nothing refers to it any more.
@@ -633,6 +661,19 @@ pub(crate) mod tests {
             }]),
             libc::EADDRNOTAVAIL
         );
+    }
+
+    #[test]
+    fn what_the_device_writes_to_cannot_lie_in_rom() {
+        let rom = Region {
+            readonly: true,
+            ..heap_memory(&[(0, 0x1000)]).regions()[0].clone()
+        };
+        // SAFETY: the memory behind the region is leaked.
+        let memory = unsafe { GuestMemory::new(vec![rom]) }.unwrap();
+        assert!(HostArea::new(&memory, "table", Gpa(0), 64, 16).is_ok());
+        let refused = HostArea::writable(&memory, "used ring", Gpa(0), 64, 4).unwrap_err();
+        assert_eq!(refused.errno(), libc::EROFS);
     }
 
     #[test]

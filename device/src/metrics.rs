@@ -37,6 +37,10 @@ pub struct Flow {
     pub skipped_partial_bytes: u64,
     /// Not discarded: the system call failed.
     pub skipped_failed_bytes: u64,
+    /// Not taken: the balloon would have grown beyond its target (only where pages can be refused).
+    pub skipped_over_target_bytes: u64,
+    /// Not taken: the guest sent them before it acknowledged a host reset.
+    pub skipped_late_bytes: u64,
 }
 
 /// Counters wrap instead of overflowing: the guest decides how fast they grow.
@@ -55,6 +59,8 @@ impl Flow {
             self.skipped_pinned_bytes,
             self.skipped_partial_bytes,
             self.skipped_failed_bytes,
+            self.skipped_over_target_bytes,
+            self.skipped_late_bytes,
         ])
     }
 
@@ -105,6 +111,17 @@ pub struct Counters {
     pub broken_rings: u64,
     /// Writes to fields of the configuration space that are not the driver's.
     pub config_errors: u64,
+    /// Of the bytes that the balloon's flow skipped, those that the guest was told are refused: the
+    /// pages are its own. Not a term of the balance, as the reason's counter has them already.
+    pub refused_bytes: u64,
+    /// Bytes the guest wanted back before it acknowledged a host reset, which had returned them.
+    pub late_take_bytes: u64,
+    /// Host resets of the balloon that were asked for.
+    pub host_resets: u64,
+    /// Host resets that are over: acknowledged by the driver, or ended by its reset of the device.
+    pub host_resets_acknowledged: u64,
+    /// Bytes that were in the balloon at the moment of a host reset, and went back through it.
+    pub host_reset_bytes: u64,
 }
 
 /// The books of one device: totals for each host node.
@@ -213,6 +230,8 @@ impl_combine!(Flow {
     skipped_pinned_bytes,
     skipped_partial_bytes,
     skipped_failed_bytes,
+    skipped_over_target_bytes,
+    skipped_late_bytes,
 });
 
 impl_combine!(Counters {
@@ -231,6 +250,11 @@ impl_combine!(Counters {
     chain_errors,
     broken_rings,
     config_errors,
+    refused_bytes,
+    late_take_bytes,
+    host_resets,
+    host_resets_acknowledged,
+    host_reset_bytes,
 });
 
 /// The number of statistics that the standard names (tags 0 to 15).

@@ -8,7 +8,7 @@
 use crate::device::{DeviceState, QueuePosition};
 use crate::error::{Error, Result};
 use crate::memory::{Pfn, PfnRange};
-use crate::protocol::virtio_balloon::QUEUES;
+use crate::protocol::virtio_balloon::{QUEUES, SavedConfig};
 
 /// The first eight bytes.
 const MAGIC: [u8; 8] = *b"AEROSTAT";
@@ -43,15 +43,9 @@ pub(crate) struct SavedState {
     pub(crate) state: DeviceState,
     pub(crate) offered: u64,
     pub(crate) negotiated: Option<u64>,
-    /// Fields of the configuration space.
-    pub(crate) num_pages: u32,
-    pub(crate) actual: u32,
-    pub(crate) poison_val: u32,
+    pub(crate) config: SavedConfig,
     /// The id of the last round of hints; 0 for none.
     pub(crate) hint_id: u32,
-    /// The last host reset, and the last one that the driver acknowledged (requirement V3).
-    pub(crate) reset_id: u32,
-    pub(crate) reset_ack: u32,
     pub(crate) queues: [Option<SavedQueue>; QUEUES as usize],
 }
 
@@ -72,12 +66,12 @@ pub(crate) fn encode(state: &SavedState, runs: impl FnOnce(&mut dyn FnMut(PfnRan
     let flags = state.negotiated.map_or(0, |_| FLAG_NEGOTIATED);
     let words = [
         flags,
-        state.num_pages,
-        state.actual,
-        state.poison_val,
+        state.config.num_pages,
+        state.config.actual,
+        state.config.poison_val,
         state.hint_id,
-        state.reset_id,
-        state.reset_ack,
+        state.config.reset_id,
+        state.config.reset_ack,
         u32::from(QUEUES),
     ];
     bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
@@ -201,12 +195,14 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(SavedState, Runs<'_>)> {
         state,
         offered,
         negotiated: selected.then_some(negotiated),
-        num_pages,
-        actual,
-        poison_val,
+        config: SavedConfig {
+            num_pages,
+            actual,
+            poison_val,
+            reset_id,
+            reset_ack,
+        },
         hint_id,
-        reset_id,
-        reset_ack,
         queues,
     };
     let (bytes, at) = (covered, HEADER_BYTES);

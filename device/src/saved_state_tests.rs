@@ -10,12 +10,14 @@ fn state() -> SavedState {
         state: DeviceState::Paused,
         offered: 0x1_3000_003f,
         negotiated: Some(0x1_0000_0003),
-        num_pages: 1000,
-        actual: 900,
-        poison_val: 0xaaaa_aaaa,
+        config: SavedConfig {
+            num_pages: 1000,
+            actual: 900,
+            poison_val: 0xaaaa_aaaa,
+            reset_id: 9,
+            reset_ack: 8,
+        },
         hint_id: 5,
-        reset_id: 9,
-        reset_ack: 8,
         queues: [
             Some(SavedQueue::Ring { position }),
             Some(SavedQueue::Elements),
@@ -182,7 +184,7 @@ proptest! {
                 [stands as usize],
             offered: u64::MAX,
             negotiated: Some(features),
-            num_pages, actual, poison_val, hint_id, reset_id, reset_ack, queues,
+            config: SavedConfig { num_pages, actual, poison_val, reset_id, reset_ack }, hint_id, queues,
         };
         prop_assert_eq!(decoded(&encoded(&state, &runs)).unwrap(), (state, runs));
     }

@@ -4,7 +4,7 @@
 //! but for a held stats buffer, which counts as not taken yet. Restoring checks all of the untrusted bytes
 //! before it changes anything, and the books balance afterwards (I4).
 
-use crate::balloon::in_regions;
+use crate::balloon::{bump, in_regions};
 use crate::device::{Device, DeviceState, QueuePosition};
 use crate::error::{Error, Result};
 use crate::history::HistoryEvent;
@@ -24,18 +24,18 @@ impl Device {
     pub fn save(&self) -> Vec<u8> {
         let shared = &self.shared;
         let mut service = shared.service.lock();
+        if let Some(balloon) = &mut service.balloon {
+            // What waits to be discarded must not outlive the device's turn as the owner.
+            balloon.drain(&shared.books);
+        }
         let held = shared.stats.held();
         let queues = service.saved_queues(held);
         let state = SavedState {
             state: service.state,
             offered: shared.offered.bits(),
             negotiated: service.features.map(|features| features.bits()),
-            num_pages: shared.config.num_pages(),
-            actual: shared.config.actual(),
-            poison_val: shared.config.poison_val(),
+            config: shared.config.save(),
             hint_id: shared.hints.id(),
-            reset_id: 0,
-            reset_ack: 0,
             queues,
         };
         saved_state::encode(&state, |each| {
@@ -66,15 +66,16 @@ impl Device {
         };
         let (saved, runs) = saved_state::decode(bytes)?;
         let offered = shared.offered.bits();
-        let unsupported = saved.negotiated.unwrap_or(0) & !offered;
+        let mut needed = saved.negotiated.unwrap_or(0);
+        if (saved.config.reset_id, saved.config.reset_ack) != (0, 0) {
+            needed |= Features::HOST_RESET.bits();
+        }
+        let unsupported = needed & !offered;
         if unsupported != 0 {
             return Err(Error::Features {
                 unsupported,
                 offered,
             });
-        }
-        if (saved.reset_id, saved.reset_ack) != (0, 0) {
-            return Err(Error::NotSupported("host reset"));
         }
         let ownership = own(balloon.memory(), runs)?;
 
@@ -91,8 +92,12 @@ impl Device {
         if saved.state == DeviceState::NeedsReset {
             service.state = DeviceState::NeedsReset;
         }
-        let (actual, poison_val) = (saved.actual, saved.poison_val);
-        shared.config.restore(saved.num_pages, actual, poison_val);
+        if shared.config.restore(saved.config) {
+            // So that asked is never below acknowledged in this device's books.
+            shared
+                .books
+                .enter(|entry| bump(&mut entry.device().host_resets, 1));
+        }
         shared.hints.restore(&shared.config, saved.hint_id);
         shared.show(&service);
         shared.record(HistoryEvent::Restored);

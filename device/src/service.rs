@@ -1,11 +1,14 @@
 //! What a worker does with a device, and the state that it needs the lock for.
 
+mod turnstile;
+
 use crate::balloon::{Balloon, bump};
 use crate::device::{DeviceState, QueueConfig, QueuePosition};
+use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
 use crate::event::{EventFd, check_eventfd};
 use crate::history::{History, HistoryEvent};
-use crate::memory::GuestMemory;
+use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory};
 use crate::metrics::Books;
 use crate::protocol::virtio_balloon::{
     ConfigSpace, Features, HintBoard, QUEUES, Role, StatsBoard, Turn, role_of, serve_pages,
@@ -18,11 +21,17 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Instant;
+use turnstile::Turnstile;
 
 /// The most elements that may wait for a device. VMMs have at most a queue's worth outstanding.
 const MAX_WAITING_ELEMENTS: usize = 1 << 16;
+
+/// How many broken queues of a device are worth a warning each: a guest that breaks them and resets
+/// its device for ever must not be able to fill a log (I3).
+const MAX_LOGGED_BREAKS: u64 = 20;
 
 /// A started queue.
 #[derive(Debug)]
@@ -41,6 +50,7 @@ pub(crate) struct Service {
     pub(crate) inhibits: u32,
     /// Where rings go on, if the device was restored since its last reset.
     pub(crate) restored: Option<[Option<QueuePosition>; QUEUES as usize]>,
+    pub(crate) write_behind: WriteBehind,
     queues: [Option<Queue>; QUEUES as usize],
 }
 
@@ -52,19 +62,19 @@ pub(crate) struct Shared {
     pub(crate) offered: Features,
     pub(crate) config: ConfigSpace,
     pub(crate) config_event: Option<EventFd>,
-    pub(crate) books: Books,
+    pub(crate) books: Arc<Books>,
     pub(crate) stats: StatsBoard,
     pub(crate) hints: HintBoard,
     pub(crate) history: Arc<History>,
+    /// When pages that wait to be discarded are due.
+    flush_due: Mutex<Option<Instant>>,
     /// Locked from when it is found out what is due next until it is set so.
     timer: Mutex<Timer>,
     pub(crate) service: Mutex<Service>,
     /// The station that serves the device: that of most of its memory.
     pub(crate) home: AtomicUsize,
-    /// Queues that were kicked and not looked at since, a bit each.
-    kicks: AtomicU32,
-    /// Whether a worker has the device, or it is on its way to one.
-    scheduled: AtomicBool,
+    /// Queues that were kicked and not looked at since, and whether a worker sees to them.
+    turnstile: Turnstile,
     submitted: (Sender<Element>, Receiver<Element>),
     completed: (Sender<Completion>, Receiver<Completion>),
     completion_event: Option<Arc<EventFd>>,
@@ -155,11 +165,33 @@ impl Service {
         }
     }
 
-    pub(crate) fn change_inhibits(&mut self, by: i32) {
+    /// Lets pages wait before they are discarded, if the driver promised to tell before it uses them.
+    pub(crate) fn open_window(&mut self, books: &Books) {
+        let told = self
+            .features
+            .is_some_and(|f| f.contains(Features::MUST_TELL_HOST));
+        let setting = if told {
+            self.write_behind
+        } else {
+            WriteBehind::default()
+        };
+        if let Some(balloon) = &mut self.balloon {
+            balloon.set_write_behind(setting, books);
+        }
+    }
+
+    /// Discards what waits in the window.
+    pub(crate) fn drain(&mut self, books: &Books) {
+        if let Some(balloon) = &mut self.balloon {
+            balloon.drain(books);
+        }
+    }
+
+    pub(crate) fn change_inhibits(&mut self, by: i32, books: &Books) {
         self.inhibits = self.inhibits.saturating_add_signed(by);
         let inhibited = self.inhibits > 0;
         if let Some(balloon) = &mut self.balloon {
-            balloon.set_inhibited(inhibited);
+            balloon.set_inhibited(inhibited, books);
         }
     }
 
@@ -210,6 +242,10 @@ impl Service {
             books: &shared.books,
             stats: &shared.stats,
             hints: &shared.hints,
+            config: &shared.config,
+            refusal: self
+                .features
+                .is_some_and(|f| f.contains(Features::PAGE_REFUSAL)),
             ballooned_bytes: &shared.ballooned_bytes,
             poisoned: shared.config.poison_val() != 0
                 && self
@@ -237,7 +273,14 @@ impl Service {
                 Ok(true) => more = more.map(|mask| mask | 1 << index),
                 Ok(false) => {}
                 Err(error) => {
-                    log::warn!("queue {index} broke: {error}; the device needs a reset");
+                    let level = match shared.books.total().broken_rings {
+                        0..MAX_LOGGED_BREAKS => log::Level::Warn,
+                        _ => log::Level::Debug,
+                    };
+                    log::log!(
+                        level,
+                        "queue {index} broke: {error}; the device needs a reset"
+                    );
                     more = Err(error);
                     break;
                 }
@@ -253,6 +296,8 @@ impl Shared {
     pub(crate) const STATS_REQUEST: u32 = 1 << 31;
     /// The number under which the timer kicks.
     pub(crate) const TIMER: u16 = 30;
+    /// The mark that a flush of the window is done.
+    const FLUSHED: u32 = 1 << 29;
 
     pub(crate) fn new(
         runtime: &Runtime,
@@ -268,23 +313,24 @@ impl Shared {
             balloon: None,
             inhibits: 0,
             restored: None,
+            write_behind: WriteBehind::default(),
             queues: [const { None }; QUEUES as usize],
         };
         Ok(Arc::new_cyclic(|this| Self {
             this: Weak::clone(this),
             pool: Arc::clone(runtime.pool()),
             offered,
-            config: ConfigSpace::default(),
+            config: ConfigSpace::new(offered),
             config_event,
-            books: Books::new(usize::try_from(runtime.nodes()).unwrap_or(1)),
+            books: Arc::new(Books::new(usize::try_from(runtime.nodes()).unwrap_or(1))),
             stats: StatsBoard::default(),
             hints: HintBoard::default(),
             history,
+            flush_due: Mutex::new(None),
             timer: Mutex::new(timer),
             service: Mutex::new(service),
             home: AtomicUsize::new(0),
-            kicks: AtomicU32::new(0),
-            scheduled: AtomicBool::new(false),
+            turnstile: Turnstile::new(),
             submitted: unbounded(),
             completed: unbounded(),
             completion_event,
@@ -412,7 +458,9 @@ impl Shared {
             let _ = self.stop_queue(service, index);
         }
         self.stats.reset();
-        self.config.reset();
+        let ended = self.config.reset();
+        self.books
+            .enter(|entry| bump(&mut entry.device().host_resets_acknowledged, ended));
         self.hints.reset(&self.config);
         service.features = None;
         service.restored = None;
@@ -420,7 +468,8 @@ impl Shared {
         if let Some(balloon) = &mut service.balloon {
             balloon.reset(&self.books);
         }
-        self.kicks.store(0, Ordering::Release);
+        service.open_window(&self.books);
+        self.turnstile.forget();
         self.show(service);
         if set_up {
             self.record(HistoryEvent::Reset);
@@ -508,8 +557,7 @@ impl Shared {
 
     /// Notes work; true if the caller has to bring the device to a worker.
     pub(crate) fn wake(&self, queues: u32) -> bool {
-        self.kicks.fetch_or(queues, Ordering::SeqCst);
-        !self.scheduled.swap(true, Ordering::SeqCst)
+        self.turnstile.note(queues)
     }
 
     /// Another descriptor of the timer, to listen on.
@@ -520,7 +568,11 @@ impl Shared {
     /// Sets the timer for whatever is due next.
     pub(crate) fn set_timer(&self) {
         let timer = self.timer.lock();
-        let due = [self.hints.deadline(), self.stats.next_poll()];
+        let due = [
+            self.hints.deadline(),
+            self.stats.next_poll(),
+            *self.flush_due.lock(),
+        ];
         timer.arm(due.into_iter().flatten().min());
     }
 
@@ -546,15 +598,36 @@ impl Shared {
         }
     }
 
+    /// Has a worker discard what waits in the window, if it is time, and sets the alarm for what is left.
+    fn tend_window(&self, service: &mut Service) {
+        let Some(balloon) = &mut service.balloon else {
+            return;
+        };
+        let target = u64::from(self.config.num_pages()) << BALLOON_PAGE_SHIFT;
+        let settled = balloon.ballooned_bytes() >= target;
+        let this = Weak::clone(&self.this);
+        balloon.flush_if_due(settled, &self.books, move || {
+            if let Some(shared) = this.upgrade().filter(|shared| shared.wake(Self::FLUSHED)) {
+                let home = shared.home.load(Ordering::Relaxed);
+                Arc::clone(&shared.pool).submit(home, shared);
+            }
+        });
+        let due = balloon.flush_deadline();
+        if std::mem::replace(&mut *self.flush_due.lock(), due) != due {
+            self.set_timer();
+        }
+    }
+
     /// One turn under the lock; returns the queues that have more.
     fn turn(&self, scratch: &mut Scratch) -> u32 {
         let mut service = self.service.lock();
-        let mut kicks = self.kicks.swap(0, Ordering::SeqCst);
+        let mut kicks = self.turnstile.collect();
         if kicks & (1 << Self::TIMER) != 0 {
             kicks |= self.on_timer();
         }
         self.accept_elements(&mut service);
         if service.state != DeviceState::Active {
+            self.tend_window(&mut service);
             return 0;
         }
         let more = service.run(kicks, self, scratch).unwrap_or_else(|_| {
@@ -563,6 +636,7 @@ impl Shared {
             service.state = DeviceState::NeedsReset;
             0
         });
+        self.tend_window(&mut service);
         self.show(&service);
         if service.state == DeviceState::NeedsReset {
             self.record(HistoryEvent::NeedsReset);
@@ -582,7 +656,7 @@ impl Drop for Scheduled<'_> {
             service.state = DeviceState::NeedsReset;
             self.0.show(&service);
             self.0.record(HistoryEvent::NeedsReset);
-            self.0.scheduled.store(false, Ordering::SeqCst);
+            self.0.turnstile.release();
         }
     }
 }
@@ -596,10 +670,6 @@ impl Servable for Shared {
         let guard = Scheduled(self);
         let more = self.turn(scratch);
         drop(guard);
-        self.kicks.fetch_or(more, Ordering::SeqCst);
-        self.scheduled.store(false, Ordering::SeqCst);
-        // A kick that came since the turn began found the device scheduled and went away.
-        let again = self.kicks.load(Ordering::SeqCst) != 0 || !self.submitted.1.is_empty();
-        again && !self.scheduled.swap(true, Ordering::SeqCst)
+        self.turnstile.leave(more, || !self.submitted.1.is_empty())
     }
 }

@@ -203,6 +203,7 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_pause(NULL));
     REFUSED(EFAULT, aerostat_device_resume(NULL));
     REFUSED(EFAULT, aerostat_device_reset(NULL));
+    REFUSED(EFAULT, aerostat_device_reset_balloon(NULL));
     REFUSED(EFAULT, aerostat_device_inhibit(NULL));
     REFUSED(EFAULT, aerostat_device_uninhibit(NULL));
     REFUSED(EFAULT, aerostat_device_read_config(NULL, 0, &features, 8));
@@ -211,6 +212,8 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_query(NULL, &balloon));
     REFUSED(EFAULT, aerostat_device_guest_stats(NULL, 0, &stats));
     REFUSED(EFAULT, aerostat_device_set_stats_interval(NULL, 0));
+    REFUSED(EFAULT, aerostat_device_set_write_behind(NULL, 0, 0));
+    REFUSED(EFAULT, aerostat_device_flush(NULL));
     REFUSED(EFAULT, aerostat_device_start_hints(NULL, 1));
     REFUSED(EFAULT, aerostat_device_finish_hints(NULL));
     REFUSED(EFAULT, aerostat_device_take_hints(NULL, NULL, 0, NULL));

@@ -48,12 +48,12 @@
 /** Initializes a struct aerostat_flow. */
 #define AEROSTAT_FLOW_INIT                                                                         \
     {                                                                                              \
-        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                  \
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                            \
     }
 
 /** Initializes a struct aerostat_counters that is to be filled. */
 #define AEROSTAT_COUNTERS_INIT                                                                     \
     {                                                                                              \
         sizeof(struct aerostat_counters), 0, AEROSTAT_FLOW_INIT, AEROSTAT_FLOW_INIT, 0, 0, 0, 0,   \
-            0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                                       \
+            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                        \
     }

@@ -11,8 +11,14 @@ use std::ffi::{c_int, c_void};
 /// poison_val, each 32 bits, little-endian.
 pub const AEROSTAT_CONFIG_BYTES: u32 = 16;
 
-const SPACE: usize = AEROSTAT_CONFIG_BYTES as usize;
-const _: () = assert!(SPACE == Device::CONFIG_BYTES);
+/// The length of the configuration space of a device that offers AEROSTAT_FEATURE_HOST_RESET:
+/// reset_id and reset_ack follow, each 32 bits, little-endian.
+pub const AEROSTAT_CONFIG_BYTES_HOST_RESET: u32 = 24;
+
+/// The longest that it can be.
+const SPACE: usize = AEROSTAT_CONFIG_BYTES_HOST_RESET as usize;
+const _: () = assert!(AEROSTAT_CONFIG_BYTES as usize == Device::CONFIG_BYTES);
+const _: () = assert!(SPACE == Device::HOST_RESET_CONFIG_BYTES);
 
 /// Reads len bytes of the configuration space from offset on, for a driver's read (VIRTIO 1.4,
 /// 5.5.4). What lies behind the end of the space reads as zero.

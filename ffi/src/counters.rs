@@ -38,8 +38,12 @@ pub struct aerostat_flow {
     pub skipped_partial_bytes: u64,
     /// Not discarded: the system call failed.
     pub skipped_failed_bytes: u64,
+    /// Refused: the balloon would have grown beyond its target (AEROSTAT_FEATURE_PAGE_REFUSAL).
+    pub skipped_over_target_bytes: u64,
+    /// Not taken: sent before the guest acknowledged an aerostat_device_reset_balloon().
+    pub skipped_late_bytes: u64,
     /// 0.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; 2],
 }
 
 /// All counters of a device, or one host node's share of them.
@@ -80,8 +84,21 @@ pub struct aerostat_counters {
     pub config_errors: u64,
     /// Buffers completed on the queue of free page hints.
     pub hint_chains: u64,
+    /// Of balloon.skipped_*_bytes, those that the guest was told are refused: the pages stayed its own
+    /// (AEROSTAT_FEATURE_PAGE_REFUSAL). No term of the balance, as the reasons' counters have them.
+    pub refused_bytes: u64,
+    /// Bytes that the guest wanted out of the balloon before it acknowledged an
+    /// aerostat_device_reset_balloon(), through which it had them already.
+    pub late_take_bytes: u64,
+    /// Calls of aerostat_device_reset_balloon() that succeeded.
+    pub host_resets: u64,
+    /// Those that are over: the guest acknowledged it or a later one, or it reset the device. Equal to
+    /// host_resets when the guest has nothing left to acknowledge.
+    pub host_resets_acknowledged: u64,
+    /// Bytes that were in the balloon at a call of aerostat_device_reset_balloon().
+    pub host_reset_bytes: u64,
     /// 0.
-    pub reserved: [u64; 7],
+    pub reserved: [u64; 2],
 }
 
 // SAFETY: integers only, the size first.
@@ -154,6 +171,11 @@ fn to_c(counters: &Counters) -> aerostat_counters {
         chain_errors,
         broken_rings,
         config_errors,
+        refused_bytes,
+        late_take_bytes,
+        host_resets,
+        host_resets_acknowledged,
+        host_reset_bytes,
     } = *counters;
     aerostat_counters {
         size: 0,
@@ -173,7 +195,12 @@ fn to_c(counters: &Counters) -> aerostat_counters {
         broken_rings,
         config_errors,
         hint_chains,
-        reserved: [0; 7],
+        refused_bytes,
+        late_take_bytes,
+        host_resets,
+        host_resets_acknowledged,
+        host_reset_bytes,
+        reserved: [0; 2],
     }
 }
 
@@ -191,6 +218,8 @@ fn flow(flow: Flow) -> aerostat_flow {
         skipped_pinned_bytes,
         skipped_partial_bytes,
         skipped_failed_bytes,
+        skipped_over_target_bytes,
+        skipped_late_bytes,
     } = flow;
     aerostat_flow {
         requested_bytes,
@@ -205,6 +234,8 @@ fn flow(flow: Flow) -> aerostat_flow {
         skipped_pinned_bytes,
         skipped_partial_bytes,
         skipped_failed_bytes,
-        reserved: [0; 4],
+        skipped_over_target_bytes,
+        skipped_late_bytes,
+        reserved: [0; 2],
     }
 }

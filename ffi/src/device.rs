@@ -62,7 +62,8 @@ pub struct aerostat_device_config {
     /// The features to offer, AEROSTAT_FEATURE_* bits; 0 offers what the library recommends.
     pub features: u64,
     /// An eventfd signalled when the guest is to get a configuration change interrupt: the target
-    /// was set, or the device went to AEROSTAT_STATE_NEEDS_RESET. -1: none. Duplicated.
+    /// was set, the balloon reset, or the device went to AEROSTAT_STATE_NEEDS_RESET. -1: none.
+    /// Duplicated.
     pub config_fd: i32,
     /// An eventfd signalled when aerostat_device_completions() has something to collect. -1: none.
     /// Duplicated.
@@ -178,8 +179,8 @@ pub unsafe extern "C" fn aerostat_device_state(device: *const aerostat_device) -
 /// covered may be unmapped. Running rings have to lie in the new table too. Balloon pages in
 /// regions that went away are forgotten.
 ///
-/// Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table: the
-/// old one stays in use).
+/// Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table) or
+/// -EROFS (it is in a read-only region of it): the old one stays in use.
 ///
 /// Lifetime: the device keeps what it needs of memory, which may be destroyed at once; its mappings
 /// have to stay (see aerostat_memory_new()).
@@ -296,6 +297,31 @@ pub unsafe extern "C" fn aerostat_device_uninhibit(device: *mut aerostat_device)
     // SAFETY: NULL or alive (the header's rule for handles).
     let device = unsafe { handle::get(device) };
     on_device_unit(device, Device::uninhibit)
+}
+
+/// Gives all pages of the balloon back to the guest at once (requirement V3), which frees them
+/// without telling the device page by page. Needs AEROSTAT_FEATURE_HOST_RESET, negotiated.
+///
+/// From the return on the balloon is empty and no page of it is ever discarded (invariant I1).
+/// config_fd has been signalled, so that the guest sees the new reset_id in the configuration
+/// space. Until it acknowledges, what it sends on the inflate and deflate queues is late:
+/// acknowledged (refused, with AEROSTAT_FEATURE_PAGE_REFUSAL), counted in skipped_late_bytes and
+/// late_take_bytes, and not looked at. host_resets_acknowledged of struct aerostat_counters tells
+/// when the guest is through; a guest that never answers has lost nothing but its balloon.
+///
+/// The target stays, and the guest inflates towards it again once it has acknowledged: set it
+/// first if it is not to. Allowed while paused, and again before the last reset was acknowledged:
+/// the guest then acknowledges the newest. A reset of the device ends what is pending.
+///
+/// Returns: 0, or -ENOTSUP (AEROSTAT_FEATURE_HOST_RESET is not negotiated), -ENOTCONN (the device is
+/// not active, or needs a reset), -EFAULT (device is NULL).
+///
+/// Threads: any. May wait for milliseconds, not for the guest.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn aerostat_device_reset_balloon(device: *mut aerostat_device) -> c_int {
+    // SAFETY: NULL or alive (the header's rule for handles).
+    let device = unsafe { handle::get(device) };
+    on_device_unit(device, Device::reset_balloon)
 }
 
 #[cfg(test)]

@@ -46,6 +46,19 @@ pub const AEROSTAT_FEATURE_RING_PACKED: u64 = 1u64 << 34;
 /// asked for in struct aerostat_device_config.
 pub const AEROSTAT_FEATURE_IN_ORDER: u64 = 1u64 << 35;
 
+/// The device may refuse pages that the guest puts into the balloon, and says which; a refused page
+/// stays the guest's, with its contents (requirements V1, V2). Not in the standard: the wire format is
+/// in docs/virtio-balloon-extensions.md. Offered if asked for in struct aerostat_device_config; stock
+/// drivers do not select it, and are never refused anything (requirement V4).
+pub const AEROSTAT_FEATURE_PAGE_REFUSAL: u64 = 1u64 << 50;
+
+/// The host may give all pages of the balloon back to the guest at once, see
+/// aerostat_device_reset_balloon() (requirement V3). It makes the configuration space
+/// AEROSTAT_CONFIG_BYTES_HOST_RESET bytes long if it is offered. Not in the standard: the wire
+/// format is in docs/virtio-balloon-extensions.md. Offered if asked for in struct
+/// aerostat_device_config; stock drivers do not select it (requirement V4).
+pub const AEROSTAT_FEATURE_HOST_RESET: u64 = 1u64 << 51;
+
 /// Tells which features the guest may select from (VIRTIO 1.4, 2.2; requirement S1).
 ///
 /// A device whose queues are all element queues may mask the bits of rings, or offer its own: the

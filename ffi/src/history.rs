@@ -25,6 +25,8 @@ pub enum aerostat_history_event {
     AEROSTAT_HISTORY_NEEDS_RESET = 6,
     /// aerostat_device_restore().
     AEROSTAT_HISTORY_RESTORED = 7,
+    /// aerostat_device_reset_balloon().
+    AEROSTAT_HISTORY_BALLOON_RESET = 8,
 }
 
 /// A balloon at the moment of a change. This structure has a fixed length.
@@ -113,6 +115,10 @@ mod tests {
             (HistoryEvent::Uninhibited, c::AEROSTAT_HISTORY_UNINHIBITED),
             (HistoryEvent::NeedsReset, c::AEROSTAT_HISTORY_NEEDS_RESET),
             (HistoryEvent::Restored, c::AEROSTAT_HISTORY_RESTORED),
+            (
+                HistoryEvent::BalloonReset,
+                c::AEROSTAT_HISTORY_BALLOON_RESET,
+            ),
         ];
         for (ours, theirs) in pairs {
             assert_eq!(ours as u32, theirs as u32);

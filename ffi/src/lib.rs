@@ -50,6 +50,8 @@ mod element;
 
 mod target;
 
+mod write_behind;
+
 mod stats;
 
 mod hints;
@@ -76,3 +78,4 @@ pub use saving::*;
 pub use stats::*;
 pub use target::*;
 pub use version::*;
+pub use write_behind::*;

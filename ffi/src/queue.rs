@@ -94,6 +94,7 @@ const _: () = assert!(size_of::<aerostat_queue_position>() == 32);
 /// -EINVAL (an unknown flag, a queue_size that is not allowed, or a position outside the ring),
 /// -EADDRNOTAVAIL (an address is not aligned),
 /// -ERANGE (a ring is not inside one memory region),
+/// -EROFS (what the device writes to of a ring is in an AEROSTAT_REGION_READONLY region),
 /// -EBADF (kick_fd is no open eventfd, or call_fd neither -1 nor one),
 /// -ENOTCONN (features or memory are not set, or the device needs a reset),
 /// -EMSGSIZE, -E2BIG (config->size),

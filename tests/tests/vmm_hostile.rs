@@ -356,7 +356,7 @@ const NONSENSE: &[Nonsense] = &[
         one(h, raw(table() + 64, 4, DESC_F_NEXT | DESC_F_WRITE, 1));
     }),
     ("more than 2^15 PFNs", 0, |h| {
-        one(h, raw(0, (4 << 15) + 4, 0, 0))
+        one(h, raw(0, (4 << 13) + 4, 0, 0))
     }),
     ("more than 4 GiB", 0, |h| {
         h.descriptor(1, raw(table(), u32::MAX, 0, 0));

@@ -6,12 +6,12 @@
 )]
 
 use aerostat::{
-    AEROSTAT_FEATURE_FREE_PAGE_HINT, AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_STATS_VQ,
-    aerostat_balloon,
+    AEROSTAT_FEATURE_FREE_PAGE_HINT, AEROSTAT_FEATURE_HOST_RESET, AEROSTAT_FEATURE_PAGE_POISON,
+    AEROSTAT_FEATURE_STATS_VQ, aerostat_balloon,
 };
 use aerostat_tests::vmm::allocator::mix;
 use aerostat_tests::vmm::device::{Device, State};
-use aerostat_tests::vmm::driver::{CONFIG_POISON, Role};
+use aerostat_tests::vmm::driver::{CONFIG_POISON, CONFIG_RESET_ID, Role};
 use aerostat_tests::vmm::hinting::CMD_DONE;
 use aerostat_tests::vmm::hostile::Hostile;
 use aerostat_tests::vmm::mapping::Backing;
@@ -348,5 +348,57 @@ fn inhibits_stay_behind() -> Result<()> {
         (flow.discarded_bytes, flow.skipped_inhibited_bytes),
         (2 * MIB, 0)
     );
+    Ok(())
+}
+
+/// I1: what waits in the old device's window is discarded before the guest goes on with the new one.
+#[test]
+fn pages_in_the_window_are_discarded_before_the_move() -> Result<()> {
+    let vmm = Vmm::new()?;
+    let mut guest = vmm.boot(&GuestConfig::new(MEMFD, 32))?;
+    let working_set = guest.fill_memory(500, 6)?;
+    let full = guest.ram().allocated_bytes()?;
+    guest.device().set_write_behind(64 * MIB, 60_000)?;
+    guest.driver().fill(200)?;
+    guest.driver().fill(200)?;
+    let old = guest.device().clone();
+    guest.move_to(&vmm)?;
+    assert_eq!(old.counters()?.balloon.pending_bytes, 0);
+    assert_eq!(full - guest.ram().allocated_bytes()?, 400 * PAGE_BYTES);
+    guest.driver().leak(256)?;
+    let again = guest.fill_memory(200, 7)?;
+    drop(old);
+    guest.assert_intact(&again);
+    guest.assert_intact(&working_set);
+    guest.books()?;
+    Ok(())
+}
+
+/// V3: a host reset that the driver has not acknowledged is still pending elsewhere.
+#[test]
+fn a_pending_host_reset_moves() -> Result<()> {
+    let vmm = Vmm::new()?;
+    let mut config = GuestConfig::new(MEMFD, 16);
+    let recommended = vmm.assemble(&config)?.device().offered_features()?;
+    config.offered = recommended | AEROSTAT_FEATURE_HOST_RESET;
+    config.selected |= AEROSTAT_FEATURE_HOST_RESET;
+    let mut guest = vmm.boot(&config)?;
+    guest.balloon_to(4 * MIB)?;
+    guest.device().reset_balloon()?;
+    let state = guest.device().save()?;
+    guest.move_to(&vmm)?;
+    let mut fields = [0; 8];
+    guest.device().read_config(CONFIG_RESET_ID, &mut fields)?;
+    assert_eq!(fields, [1, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(guest.device().query()?.ballooned_bytes, 0);
+    guest
+        .device()
+        .write_config(CONFIG_RESET_ID + 4, &[1, 0, 0, 0])?;
+    let books = guest.books()?;
+    assert_eq!((books.host_resets, books.host_resets_acknowledged), (1, 1));
+
+    let stock = Device::new(vmm.runtime(), recommended, -1, -1)?;
+    stock.set_memory(guest.ram())?;
+    assert_errno(stock.restore(&state), libc::ENOTSUP);
     Ok(())
 }

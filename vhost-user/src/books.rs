@@ -4,7 +4,7 @@ use aerostat_device::memory::NodeId;
 use aerostat_device::{Counters, Device, Flow};
 
 /// How many counters there are.
-const COUNT: usize = 37;
+const COUNT: usize = 46;
 
 /// Counters with the names that the control socket gives them.
 pub(crate) type Named = [(&'static str, u64); COUNT];
@@ -64,6 +64,11 @@ fn named(counters: &Counters) -> Named {
         chain_errors,
         broken_rings,
         config_errors,
+        refused_bytes,
+        late_take_bytes,
+        host_resets,
+        host_resets_acknowledged,
+        host_reset_bytes,
     } = *counters;
     let balloon = values(balloon);
     let report = values(report);
@@ -80,6 +85,8 @@ fn named(counters: &Counters) -> Named {
         ("skipped-pinned-bytes", balloon[9]),
         ("skipped-partial-bytes", balloon[10]),
         ("skipped-failed-bytes", balloon[11]),
+        ("skipped-over-target-bytes", balloon[12]),
+        ("skipped-late-bytes", balloon[13]),
         ("report-requested-bytes", report[0]),
         ("report-discarded-bytes", report[1]),
         ("report-pending-bytes", report[2]),
@@ -92,6 +99,8 @@ fn named(counters: &Counters) -> Named {
         ("report-skipped-pinned-bytes", report[9]),
         ("report-skipped-partial-bytes", report[10]),
         ("report-skipped-failed-bytes", report[11]),
+        ("report-skipped-over-target-bytes", report[12]),
+        ("report-skipped-late-bytes", report[13]),
         ("returned-bytes", returned_bytes),
         ("rejected-take-bytes", rejected_take_bytes),
         ("discard-calls", discard_calls),
@@ -105,11 +114,16 @@ fn named(counters: &Counters) -> Named {
         ("chain-errors", chain_errors),
         ("broken-rings", broken_rings),
         ("config-errors", config_errors),
+        ("refused-bytes", refused_bytes),
+        ("late-take-bytes", late_take_bytes),
+        ("host-resets", host_resets),
+        ("host-resets-acknowledged", host_resets_acknowledged),
+        ("host-reset-bytes", host_reset_bytes),
     ]
 }
 
 /// A flow's values, in the order in which [`named`] names them.
-fn values(flow: Flow) -> [u64; 12] {
+fn values(flow: Flow) -> [u64; 14] {
     let Flow {
         requested_bytes,
         discarded_bytes,
@@ -123,6 +137,8 @@ fn values(flow: Flow) -> [u64; 12] {
         skipped_pinned_bytes,
         skipped_partial_bytes,
         skipped_failed_bytes,
+        skipped_over_target_bytes,
+        skipped_late_bytes,
     } = flow;
     [
         requested_bytes,
@@ -137,6 +153,8 @@ fn values(flow: Flow) -> [u64; 12] {
         skipped_pinned_bytes,
         skipped_partial_bytes,
         skipped_failed_bytes,
+        skipped_over_target_bytes,
+        skipped_late_bytes,
     ]
 }
 

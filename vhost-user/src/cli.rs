@@ -1,6 +1,8 @@
 //! The command line.
 
 use crate::features;
+use crate::vm::Offer;
+use aerostat_device::WriteBehind;
 use clap::Parser;
 use std::path::PathBuf;
 
@@ -54,12 +56,30 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "LIST", default_value = "default", value_parser = features::parse)]
     pub(crate) features: u64,
 
+    /// Discard inflated pages behind the guest's back, this many MiB at a time, if its driver tells
+    /// before it uses them again (must-tell-host); 0 discards before each acknowledgement.
+    #[arg(long, value_name = "MIB", default_value_t = 32, value_parser = clap::value_parser!(u32).range(0..=65536))]
+    pub(crate) write_behind: u32,
+
     /// Print what this program can do as JSON, and exit.
     #[arg(long)]
     pub(crate) print_capabilities: bool,
 }
 
 impl Arguments {
+    /// What drivers are to find.
+    pub(crate) fn offer(&self) -> Offer {
+        let limit_bytes = u64::from(self.write_behind) << 20;
+        let write_behind = WriteBehind {
+            limit_bytes,
+            ..WriteBehind::RECOMMENDED
+        };
+        Offer {
+            features: self.features,
+            write_behind,
+        }
+    }
+
     /// What clap cannot check.
     pub(crate) fn check(&self) -> Result<(), String> {
         if self.control_path.len() > self.socket_path.len() {

@@ -6,13 +6,15 @@
 use aerostat_device::Device;
 
 /// The device's own features, by the names that VMMs give them.
-const DEVICE: [(&str, u64); 6] = [
+const DEVICE: [(&str, u64); 8] = [
     ("must-tell-host", 1 << 0),
     ("stats-vq", 1 << 1),
     ("deflate-on-oom", 1 << 2),
     ("free-page-hint", 1 << 3),
     ("page-poison", 1 << 4),
     ("page-reporting", 1 << 5),
+    ("page-refusal", 1 << 50),
+    ("host-reset", 1 << 51),
 ];
 
 /// The transport's, which are not for choosing.
@@ -26,8 +28,8 @@ const TRANSPORT: [(&str, u64); 7] = [
     ("order-platform", 1 << 36),
 ];
 
-/// The bits that are the device's to define (0 to 23).
-const DEVICE_BITS: u64 = (1 << 24) - 1;
+/// The bits that are the device's to define (0 to 23, and 50 and above).
+const DEVICE_BITS: u64 = ((1 << 24) - 1) | !((1 << 50) - 1);
 
 /// The names of a selection; unknown bits are written as `bit-N`.
 pub(crate) fn names(features: u64) -> Vec<String> {
@@ -87,8 +89,8 @@ mod tests {
     #[test]
     fn names_cover_known_and_unknown_bits() {
         assert_eq!(
-            names(1 << 1 | 1 << 32 | 1 << 50),
-            ["stats-vq", "version-1", "bit-50"]
+            names(1 << 1 | 1 << 32 | 1 << 50 | 1 << 62),
+            ["stats-vq", "version-1", "page-refusal", "bit-62"]
         );
     }
 

@@ -9,7 +9,8 @@ use crate::mapping::MemoryTable;
 use crate::wake::Wake;
 use aerostat_device::memory::{BALLOON_PAGE_BYTES, NodeId, PfnRange};
 use aerostat_device::{
-    Device, DeviceConfig, DeviceState, Error, GuestStats, HintState, History, HistoryEntry, Runtime,
+    Device, DeviceConfig, DeviceState, Error, GuestStats, HintState, History, HistoryEntry,
+    Runtime, WriteBehind,
 };
 use parking_lot::Mutex;
 use std::io;
@@ -72,13 +73,22 @@ impl Attached {
     }
 }
 
+/// What every driver of a virtual machine finds.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Offer {
+    /// The feature bits; 0 is the device's default.
+    pub(crate) features: u64,
+    /// When acknowledged pages are discarded.
+    pub(crate) write_behind: WriteBehind,
+}
+
 /// A virtual machine.
 #[derive(Debug)]
 pub(crate) struct Vm {
     /// What logs call it.
     pub(crate) name: String,
     runtime: Arc<Runtime>,
-    features: u64,
+    offer: Offer,
     state: Mutex<State>,
     history: Arc<History>,
     /// Who wants to know that the driver's `actual` changed.
@@ -118,12 +128,12 @@ pub(crate) struct Snapshot {
 }
 
 impl Vm {
-    pub(crate) fn new(name: String, runtime: Arc<Runtime>, features: u64) -> Arc<Self> {
+    pub(crate) fn new(name: String, runtime: Arc<Runtime>, offer: Offer) -> Arc<Self> {
         let past = Books::new(runtime.nodes());
         Arc::new(Self {
             name,
             runtime,
-            features,
+            offer,
             state: Mutex::new(State {
                 attached: None,
                 target_bytes: 0,
@@ -147,12 +157,13 @@ impl Vm {
         let device = Device::with_history(
             &self.runtime,
             DeviceConfig {
-                features: self.features,
+                features: self.offer.features,
                 config_event: Some(config_event),
                 completion_event: None,
             },
             Arc::clone(&self.history),
         )?;
+        device.set_write_behind(self.offer.write_behind);
         let mut state = self.state.lock();
         if state.target_bytes > 0 {
             device.set_target_bytes(state.target_bytes)?;
@@ -209,6 +220,11 @@ impl Vm {
         };
         state.target_bytes = bytes;
         Ok(bytes)
+    }
+
+    /// Gives all ballooned pages back to the guest at once.
+    pub(crate) fn reset_balloon(&self) -> Result<(), VmError> {
+        Ok(self.attached()?.device.reset_balloon()?)
     }
 
     /// The guest's statistics; waits up to `timeout` for news.

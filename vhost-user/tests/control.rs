@@ -9,7 +9,7 @@
 
 mod common;
 
-use common::frontend::{Frontend, Guest, MEMORY_BYTES};
+use common::frontend::{F_PROTOCOL_FEATURES, FEATURES, Frontend, Guest, MEMORY_BYTES, request};
 use common::{Backend, Control};
 use serde_json::{Value, json};
 use std::os::unix::net::UnixStream;
@@ -92,6 +92,10 @@ fn commands_say_what_is_wrong_with_them() {
         "GenericError"
     );
     assert_eq!(
+        error("aerostat-reset-balloon", json!({})),
+        "DeviceNotActive"
+    );
+    assert_eq!(
         error("qom-get", json!({ "path": "x", "property": "y" })),
         "GenericError"
     );
@@ -123,6 +127,7 @@ fn commands_say_what_is_wrong_with_them() {
         "aerostat-hints-take",
         "aerostat-history",
         "aerostat-inhibit",
+        "aerostat-reset-balloon",
         "aerostat-uninhibit",
         "query-status",
     ] {
@@ -192,6 +197,50 @@ fn inhibited_pages_are_acknowledged_and_kept() {
     control.execute("aerostat-uninhibit", json!({})).unwrap();
     guest.inflate(0x210..0x220);
     assert_eq!(control.counter("skipped-inhibited-bytes"), 16 * 4096);
+}
+
+/// V3: the operator gives the guest everything back; a driver that does not know of it is left alone.
+#[test]
+fn a_balloon_is_reset_on_command_if_the_driver_can_take_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let features = ["--features", "default,page-refusal,host-reset"];
+    let backend = Backend::start_with(directory.path(), 1, &features);
+    let mut control = backend.control(0);
+    let stock = Frontend::run(&backend.socket(0), &Guest::new());
+    let error = control
+        .execute("aerostat-reset-balloon", json!({}))
+        .unwrap_err();
+    assert_eq!(error["class"], "GenericError");
+    assert!(error["desc"].as_str().unwrap().contains("HOST_RESET"));
+    drop(stock);
+    control.wait_for_state("disconnected");
+
+    let mut guest = Guest::new();
+    let mut frontend = Frontend::connect(&backend.socket(0));
+    frontend.negotiate();
+    let selected = FEATURES | F_PROTOCOL_FEATURES | 1 << 51;
+    assert!(frontend.tell(request::SET_FEATURES, &selected.to_ne_bytes()));
+    frontend.start(&guest);
+    control.wait_for_state("active");
+    let names = control.query()["feature-names"].clone();
+    assert!(names.as_array().unwrap().contains(&json!("host-reset")));
+    guest.inflate(0x200..0x240);
+    assert_eq!(control.query()["ballooned-bytes"], 64 * 4096);
+
+    control
+        .execute("aerostat-reset-balloon", json!({}))
+        .unwrap();
+
+    assert_eq!(control.query()["ballooned-bytes"], 0);
+    assert_eq!(frontend.get_config(16, 8), [1, 0, 0, 0, 0, 0, 0, 0]);
+    guest.inflate(0x200..0x210);
+    assert_eq!(control.counter("skipped-late-bytes"), 16 * 4096);
+    assert_eq!(control.counter("host-resets-acknowledged"), 0);
+    assert!(frontend.set_config(20, &1_u32.to_le_bytes()));
+    assert_eq!(control.counter("host-resets-acknowledged"), 1);
+    assert_eq!(control.counter("host-reset-bytes"), 64 * 4096);
+    guest.inflate(0x200..0x210);
+    assert_eq!(control.query()["ballooned-bytes"], 16 * 4096);
 }
 
 #[test]

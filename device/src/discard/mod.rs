@@ -7,11 +7,15 @@
 pub mod plan;
 mod primitive;
 pub mod probe;
+pub(crate) mod window;
+
+pub use window::WriteBehind;
 
 use crate::memory::GuestMemory;
 use crate::runtime::Pool;
-use plan::{Batch, HostRange, Piece, Plan};
+use plan::{Batch, Piece, Plan};
 use probe::Capabilities;
+use std::panic::catch_unwind;
 use std::sync::Arc;
 
 /// The least work that pays a hand-over to another thread, measured on anonymous memory.
@@ -20,8 +24,8 @@ const MIN_TASK_BYTES: u64 = 2 << 20;
 /// What became of a plan.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// The ranges whose memory could not be freed.
-    pub failed: Vec<HostRange>,
+    /// The pages whose memory could not be freed.
+    pub failed: Vec<Piece>,
     /// System calls made.
     pub calls: u64,
     /// Ranges handed to them.
@@ -62,6 +66,16 @@ impl Discarder {
             capabilities,
             pool: Some(pool),
         }
+    }
+
+    /// The same discarder without the pool.
+    pub(crate) fn alone(&self) -> Self {
+        Self::inline(Arc::clone(&self.capabilities))
+    }
+
+    /// The pool that helps, if there is one.
+    pub(crate) fn pool(&self) -> Option<&Arc<Pool>> {
+        self.pool.as_ref()
     }
 
     /// Discards `pieces`, which have to be sorted, disjoint and inside their regions.
@@ -106,7 +120,20 @@ impl Discarder {
 /// Runs one batch in this thread.
 fn run(memory: &GuestMemory, capabilities: &Capabilities, batch: &Batch) -> Outcome {
     let start = std::time::Instant::now();
-    let mut outcome = primitive::discard(memory, capabilities, batch);
-    outcome.nanoseconds = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-    outcome
+    // Should a call ever panic, its ranges count as not freed (I4).
+    let calls = catch_unwind(|| primitive::discard(memory, capabilities, batch));
+    let calls = calls.unwrap_or_else(|_| primitive::Calls {
+        failed: batch.ranges.clone(),
+        calls: 0,
+    });
+    let failed = calls
+        .failed
+        .iter()
+        .filter_map(|range| range.pages(memory, batch.primitive));
+    Outcome {
+        failed: failed.collect(),
+        calls: calls.calls,
+        ranges: batch.ranges.len() as u64,
+        nanoseconds: u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX),
+    }
 }

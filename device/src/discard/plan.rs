@@ -1,7 +1,7 @@
 //! Pieces of guest memory to batches of host ranges: pure, so that it can be tested and timed alone.
 
 use super::probe::Capabilities;
-use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, PfnRange, Region};
+use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, Pfn, PfnRange, Region};
 
 /// A run of pages inside one region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +39,14 @@ impl Primitive {
         }
     }
 
+    /// Where `region` begins in the ranges of this primitive.
+    fn base(self, region: &Region) -> u64 {
+        match self {
+            Self::PunchHole => region.fd_offset_bytes,
+            _ => region.hva as u64,
+        }
+    }
+
     /// Whether two threads get through the same memory faster than one.
     #[must_use]
     pub fn scales(self) -> bool {
@@ -55,6 +63,21 @@ pub struct HostRange {
     pub len: u64,
     /// The region's position in the table.
     pub region: usize,
+}
+
+impl HostRange {
+    /// The guest pages that this range of `memory` is, freed by `primitive`.
+    #[must_use]
+    pub fn pages(&self, memory: &GuestMemory, primitive: Primitive) -> Option<Piece> {
+        let region = memory.regions().get(self.region)?;
+        let offset = self.start.checked_sub(primitive.base(region))?;
+        let start = Pfn((region.gpa.0 + offset) >> BALLOON_PAGE_SHIFT);
+        let range = PfnRange::new(start, self.len >> BALLOON_PAGE_SHIFT);
+        Some(Piece {
+            region: self.region,
+            range,
+        })
+    }
 }
 
 /// Ranges for one primitive (and one file, where it works on files), in ascending order.
@@ -136,10 +159,7 @@ impl Plan {
                 continue;
             };
             let primitive = Primitive::of(region, capabilities);
-            let base = match primitive {
-                Primitive::PunchHole => region.fd_offset_bytes,
-                _ => region.hva as u64,
-            };
+            let base = primitive.base(region);
             let offset = (piece.range.start.0 << BALLOON_PAGE_SHIFT) - region.gpa.0;
             let range = HostRange {
                 start: base + offset,
@@ -185,8 +205,8 @@ fn same_file(memory: &GuestMemory, batch: &Batch, index: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Gpa;
     use crate::memory::tests::heap_memory;
-    use crate::memory::{Gpa, Pfn};
 
     fn piece(region: usize, start: u64, end: u64) -> Piece {
         Piece {

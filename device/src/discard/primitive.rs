@@ -7,7 +7,6 @@
     reason = "discarding is done by system calls on the guest's memory"
 )]
 
-use super::Outcome;
 use super::plan::{Batch, HostRange, Primitive};
 use super::probe::Capabilities;
 use crate::memory::GuestMemory;
@@ -20,12 +19,18 @@ const MAX_VECTOR: usize = 1024;
 /// How often a call that was interrupted or found something busy is made again.
 const MAX_RETRIES: u32 = 16;
 
+/// What the calls for one batch came to.
+#[derive(Debug, Default)]
+pub(super) struct Calls {
+    /// The ranges whose memory could not be freed.
+    pub(super) failed: Vec<HostRange>,
+    /// How many there were.
+    pub(super) calls: u64,
+}
+
 /// Frees all of `batch`.
-pub(super) fn discard(memory: &GuestMemory, capabilities: &Capabilities, batch: &Batch) -> Outcome {
-    let mut outcome = Outcome {
-        ranges: batch.ranges.len() as u64,
-        ..Outcome::default()
-    };
+pub(super) fn discard(memory: &GuestMemory, capabilities: &Capabilities, batch: &Batch) -> Calls {
+    let mut outcome = Calls::default();
     match (batch.primitive, &capabilities.process_madvise) {
         (Primitive::ProcessMadvise, Some(process)) => {
             for ranges in batch.ranges.chunks(MAX_VECTOR) {
@@ -54,7 +59,7 @@ pub(super) fn discard(memory: &GuestMemory, capabilities: &Capabilities, batch: 
 /// Makes one call a range.
 fn each(
     ranges: &[HostRange],
-    outcome: &mut Outcome,
+    outcome: &mut Calls,
     mut call: impl FnMut(&HostRange) -> io::Result<()>,
 ) {
     for range in ranges {
@@ -77,7 +82,7 @@ fn is_transient(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
 }
 
-fn failed(range: &HostRange, error: &io::Error, outcome: &mut Outcome) {
+fn failed(range: &HostRange, error: &io::Error, outcome: &mut Calls) {
     log::debug!(
         "discarding {:#x} bytes at {:#x} failed: {error}",
         range.len,
@@ -90,7 +95,7 @@ fn failed(range: &HostRange, error: &io::Error, outcome: &mut Outcome) {
 ///
 /// A short result says how many bytes were advised; the kernel stopped in the range after them.
 /// That range is then tried alone to learn its error, and the rest goes on behind it.
-fn vectored(process: i32, ranges: &[HostRange], outcome: &mut Outcome) {
+fn vectored(process: i32, ranges: &[HostRange], outcome: &mut Calls) {
     let mut vector = [libc::iovec {
         iov_base: std::ptr::null_mut(),
         iov_len: 0,
@@ -143,7 +148,7 @@ fn vectored(process: i32, ranges: &[HostRange], outcome: &mut Outcome) {
 }
 
 /// Advises ranges one by one, for their own errors.
-fn alone(ranges: &[HostRange], outcome: &mut Outcome) {
+fn alone(ranges: &[HostRange], outcome: &mut Calls) {
     each(ranges, outcome, |range| madvise(range, libc::MADV_DONTNEED));
 }
 

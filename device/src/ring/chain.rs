@@ -1,6 +1,6 @@
 //! A descriptor chain: what the device may read, what it may write, and what is wrong with it.
 
-use crate::memory::{Gpa, GuestMemory, IoVec};
+use crate::memory::{Gpa, GuestMemory, HostSlice, IoVec};
 
 /// One buffer of a chain.
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +37,23 @@ impl Segment {
                 memory
                     .slice_prefix(Gpa(start), wanted)
                     .map_or(0, |slice| slice.read(0, buffer))
+            }
+        }
+    }
+}
+
+impl Segment {
+    /// The memory from `offset` on, as far as it is contiguous and may be written; `None` where it may
+    /// not. What a VMM hands over as writable is; a region that is read-only to the guest may not even
+    /// be mapped for writing.
+    fn writable<'a>(&'a self, memory: &'a GuestMemory, offset: u64) -> Option<HostSlice<'a>> {
+        let left = self.len().checked_sub(offset).filter(|left| *left > 0)?;
+        match self {
+            Self::Host(iov) => (offset == 0).then(|| iov.slice()),
+            Self::Guest { gpa, .. } => {
+                let start = Gpa(gpa.0.checked_add(offset)?);
+                let (_, region) = memory.find(start)?;
+                (!region.readonly).then(|| memory.slice_prefix(start, left))?
             }
         }
     }
@@ -82,8 +99,8 @@ impl Chain {
         self.malformed |= self.readable_bytes() + self.writable_bytes() > MAX_CHAIN_BYTES;
     }
 
-    /// How many buffers it consists of.
-    pub(crate) fn segments(&self) -> usize {
+    /// How many buffers it has, which is what walking it cost.
+    pub(crate) fn buffers(&self) -> usize {
         self.readable.len() + self.writable.len()
     }
 
@@ -123,10 +140,47 @@ impl Chain {
     }
 }
 
+impl Chain {
+    /// How many bytes of the writable part can be written, from its start to the first that cannot;
+    /// not more than `wanted`, so that the work has a bound.
+    pub(crate) fn room(&self, memory: &GuestMemory, wanted: usize) -> usize {
+        self.fill(memory, wanted, |_, _| ())
+    }
+
+    /// Writes `bytes` to the start of the writable part; returns how many there was room for.
+    pub(crate) fn write(&self, memory: &GuestMemory, bytes: &[u8]) -> usize {
+        self.fill(memory, bytes.len(), |slice, done| {
+            slice.write(0, bytes.get(done..).unwrap_or_default());
+        })
+    }
+
+    /// Calls `each` with memory to write to, and how much came before it.
+    fn fill<'a>(
+        &'a self,
+        memory: &'a GuestMemory,
+        wanted: usize,
+        mut each: impl FnMut(HostSlice<'a>, usize),
+    ) -> usize {
+        let mut done = 0;
+        for segment in &self.writable {
+            let mut offset = 0;
+            while offset < segment.len() && done < wanted {
+                let Some(slice) = segment.writable(memory, offset) else {
+                    return done;
+                };
+                each(slice, done);
+                offset += slice.len() as u64;
+                done = (done + slice.len()).min(wanted);
+            }
+        }
+        done
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::tests::heap_memory;
+    use crate::memory::tests::{heap_memory, heap_memory_with};
 
     fn guest(gpa: u64, len: u32) -> Segment {
         Segment::Guest { gpa: Gpa(gpa), len }
@@ -180,5 +234,50 @@ mod tests {
         chain.push(guest(0, 2), true);
         chain.finish();
         assert!(chain.malformed);
+    }
+
+    #[test]
+    fn writing_joins_descriptors_and_stops_where_memory_does() {
+        let memory = heap_memory(&[(0, 0x1000), (0x1000, 0x1000)]);
+        let mut chain = Chain::default();
+        chain.push(guest(0, 8), false);
+        chain.push(guest(0xffe, 4), true);
+        chain.push(guest(0, 0), true);
+        chain.push(guest(0x1ffe, 9), true);
+        assert_eq!(chain.room(&memory, 5), 5);
+        assert_eq!(chain.room(&memory, 100), 6);
+        assert_eq!(chain.write(&memory, &[1, 2, 3, 4, 5]), 5);
+        let mut bytes = [0; 4];
+        memory
+            .slice_prefix(Gpa(0xffe), 2)
+            .unwrap()
+            .read(0, &mut bytes);
+        memory
+            .slice_prefix(Gpa(0x1000), 3)
+            .unwrap()
+            .read(0, &mut bytes[2..]);
+        assert_eq!(bytes, [1, 2, 3, 4]);
+        memory
+            .slice_prefix(Gpa(0x1ffe), 2)
+            .unwrap()
+            .read(0, &mut bytes);
+        assert_eq!(bytes[..2], [5, 0]);
+    }
+
+    #[test]
+    fn readonly_regions_are_not_written() {
+        let memory = heap_memory_with(&[(0, 0x1000), (0x1000, 0x1000)], |region| {
+            region.readonly = region.gpa.0 != 0;
+        });
+        let mut chain = Chain::default();
+        chain.push(guest(0xffc, 8), true);
+        assert_eq!(chain.room(&memory, 8), 4);
+        assert_eq!(chain.write(&memory, &[7; 8]), 4);
+        let mut bytes = [1; 4];
+        memory
+            .slice_prefix(Gpa(0x1000), 4)
+            .unwrap()
+            .read(0, &mut bytes);
+        assert_eq!(bytes, [0; 4]);
     }
 }

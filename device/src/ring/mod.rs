@@ -148,3 +148,8 @@ impl Ring {
         either!(self, ring => ring.want_kicks())
     }
 }
+
+#[cfg(test)]
+mod differential_tests;
+#[cfg(test)]
+mod model_tests;

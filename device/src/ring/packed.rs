@@ -129,7 +129,7 @@ impl PackedRing {
         };
         let [desc, driver, device] = places;
         Ok(Self {
-            desc: HostArea::new(
+            desc: HostArea::writable(
                 memory,
                 "descriptor ring",
                 desc,
@@ -137,7 +137,7 @@ impl PackedRing {
                 16,
             )?,
             driver: HostArea::new(memory, "driver event area", driver, EVENT_BYTES, 4)?,
-            device: HostArea::new(memory, "device event area", device, EVENT_BYTES, 4)?,
+            device: HostArea::writable(memory, "device event area", device, EVENT_BYTES, 4)?,
             size,
             features,
             next_avail: place("next_avail", position.next_avail)?,

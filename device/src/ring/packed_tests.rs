@@ -272,6 +272,34 @@ fn bad_places_are_refused() {
     assert_eq!(refused(8, [DESC, DRIVER, 0x10000], 0), libc::ERANGE);
 }
 
+/// Every place of every small ring, as the number of steps from its start: a lap is `size` steps, and the
+/// wrap counter is that of the lap.
+#[test]
+fn places_go_forward_and_back_as_steps_are_counted() {
+    for size in 1..=8u16 {
+        let at = |steps: u16| Place {
+            slot: steps % size,
+            wrap: (steps / size).is_multiple_of(2),
+        };
+        for steps in 0..2 * size {
+            for by in 0..=size {
+                let (from, to) = (at(steps), at(steps + by));
+                assert_eq!(from.forward(by, size), to, "{size}: {steps} + {by}");
+                assert_eq!(to.back(by, size), from, "{size}: {steps} + {by} back");
+            }
+            assert_eq!(Place::unpack(at(steps).pack()), at(steps));
+        }
+    }
+    // The largest ring there is, where sums are the largest.
+    let last = Place {
+        slot: 32767,
+        wrap: true,
+    };
+    for by in [0, 1, 32767, 32768] {
+        assert_eq!(last.forward(by, 32768).back(by, 32768), last);
+    }
+}
+
 proptest! {
     /// Chains of any length, completed in batches, over many laps of rings of any size: each is
     /// popped once and completed once, in order.

@@ -107,7 +107,7 @@ impl SplitRing {
         Ok(Self {
             desc: HostArea::new(memory, "descriptor table", desc, desc_bytes, 16)?,
             avail: HostArea::new(memory, "available ring", avail, avail_bytes, 2)?,
-            used: HostArea::new(memory, "used ring", used, used_bytes, 4)?,
+            used: HostArea::writable(memory, "used ring", used, used_bytes, 4)?,
             size,
             places,
             position,

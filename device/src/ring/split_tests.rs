@@ -275,6 +275,56 @@ fn flags_suppress_in_both_directions() {
     assert!(!ring.publish());
 }
 
+/// Rings of all small sizes from every kind of position: as many chains as are there, each slot's own
+/// head, and the used index behind them, across the wrap of 16 bits.
+#[test]
+fn indices_of_small_rings_are_those_of_a_counter() {
+    for size in [1u16, 2, 4, 8] {
+        let driver = Driver::new();
+        for index in 0..size {
+            driver.desc(DESC, index, 0x5000, 4, 0, 0);
+        }
+        let starts = (0..2 * size).chain((1..=2 * size).map(|by| 0u16.wrapping_sub(by)));
+        for (start, waiting) in starts.flat_map(|start| (0..=size + 1).map(move |n| (start, n))) {
+            let position = QueuePosition {
+                next_avail: start,
+                next_used: start.wrapping_add(3),
+            };
+            let features = RingFeatures::default();
+            let mut ring =
+                SplitRing::new(&driver.memory, size, PLACES, position, features).unwrap();
+            for number in 0..size {
+                let index = start.wrapping_add(number);
+                driver.offer(index % size, number, start.wrapping_add(waiting));
+            }
+            if waiting > size {
+                let jumped = RingError::AvailableIndexJumped(waiting);
+                assert_eq!(pop(&mut ring, &driver).unwrap_err(), jumped);
+                continue;
+            }
+            for number in 0..waiting {
+                let chain = pop(&mut ring, &driver).unwrap().unwrap();
+                assert_eq!(chain.token, u64::from(number));
+                ring.complete(chain.token, 0);
+            }
+            assert!(pop(&mut ring, &driver).unwrap().is_none());
+            ring.publish();
+            let end = QueuePosition {
+                next_avail: start.wrapping_add(waiting),
+                next_used: start.wrapping_add(3).wrapping_add(waiting),
+            };
+            assert_eq!(ring.position(), end);
+            if waiting > 0 {
+                assert_eq!(driver.get_u16(USED + 2), end.next_used);
+            }
+            for number in 0..waiting {
+                let slot = u64::from(position.next_used.wrapping_add(number) % size);
+                assert_eq!(driver.get_u16(USED + 4 + 8 * slot), number);
+            }
+        }
+    }
+}
+
 #[test]
 fn bad_places_are_refused() {
     let driver = Driver::new();

@@ -81,6 +81,30 @@ impl Runtime {
         Ok(Arc::new(runtime))
     }
 
+    /// A runtime without threads: its devices are served by [`Self::turn`], so that every step of a
+    /// test is over when the call returns. One station, as on a host with a single node.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    #[cfg(feature = "fuzzing")]
+    #[doc(hidden)]
+    pub fn inline() -> Result<Arc<Self>> {
+        let capabilities = Arc::new(Capabilities::probe()?);
+        let pool = Arc::new(Pool::new(topology::Host::discover(), &[1])?);
+        Ok(Arc::new(Self {
+            pool,
+            capabilities,
+            threads: Vec::new(),
+        }))
+    }
+
+    /// Does one piece of the work that waits; false if there is none. For [`Self::inline`] only.
+    #[cfg(feature = "fuzzing")]
+    #[doc(hidden)]
+    pub fn turn(&self) -> bool {
+        self.pool.work_inline()
+    }
+
     /// One more than the highest number of a host node: nodes are numbered from 0.
     #[must_use]
     pub fn nodes(&self) -> u32 {
@@ -116,5 +140,6 @@ impl Drop for Runtime {
             // Workers catch what they run; a join error has nothing left to tell.
             let _ = thread.join();
         }
+        self.pool.forget_work();
     }
 }

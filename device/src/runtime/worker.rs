@@ -38,9 +38,11 @@ pub(crate) struct Scratch {
     pub(crate) done: Vec<(u64, u32)>,
     pub(crate) pages: Vec<Pfn>,
     pub(crate) ranges: Vec<PfnRange>,
+    /// A bit for each page of one inflate buffer that was refused.
+    pub(crate) refused: Vec<u8>,
 }
 
-type Part = Box<dyn FnOnce() + Send>;
+pub(crate) type Part = Box<dyn FnOnce() + Send>;
 
 /// Both ends of a lock-free queue; it never closes while its station lives.
 type Channel<T> = (Sender<T>, Receiver<T>);
@@ -233,45 +235,53 @@ impl Pool {
             let part: Part = Box::new(move || {
                 let _ = results.send(job());
             });
-            if let Some(station) = self.stations.get(self.station_of(node)) {
-                let _ = station.parts.0.send(part);
-                station.wake.signal();
-            }
+            self.spawn(node, part);
         }
         let mut done = Vec::with_capacity(expected);
         let Some(job) = own else { return done };
         done.push(job());
         drop(results);
-        // Parts of every station: were it only one, workers of two stations could wait for each other.
-        let mut wait = Select::new();
-        let result = wait.recv(&collect);
-        let parts: Vec<_> = self
-            .stations
-            .iter()
-            .map(|station| &station.parts.1)
-            .collect();
-        for parts in &parts {
-            wait.recv(parts);
-        }
-        while done.len() < expected {
-            let ready = wait.select();
-            match ready.index() {
-                index if index == result => match ready.recv(&collect) {
-                    Ok(result) => done.push(result),
-                    // A part panicked: its result will not come. The pool logged it.
-                    Err(_) => break,
-                },
-                // The channels of parts were added behind that of the results, in order.
-                index => {
-                    if let Some(parts) = parts.get(index - result - 1)
-                        && let Ok(part) = ready.recv(parts)
-                    {
-                        run_caught(part);
-                    }
-                }
-            }
+        // A part that panicked closes its end without a result; the pool logged it.
+        while done.len() < expected
+            && let Some(result) = self.wait_helping(&collect)
+        {
+            done.push(result);
         }
         done
+    }
+
+    /// Has a worker of `node` run `part`, which must not wait for other parts.
+    pub(crate) fn spawn(&self, node: Option<NodeId>, part: Part) {
+        if let Some(station) = self.stations.get(self.station_of(node)) {
+            // The station holds a receiver, so the channel is open.
+            let _ = station.parts.0.send(part);
+            station.wake.signal();
+        }
+    }
+
+    /// Waits for the next value, or for the end of the channel, and runs parts meanwhile: those of any
+    /// node, as all workers of one may be waiting for what the caller has locked.
+    pub(crate) fn wait_helping<T>(&self, values: &Receiver<T>) -> Option<T> {
+        loop {
+            let mut select = Select::new();
+            let value = select.recv(values);
+            for station in &self.stations {
+                select.recv(&station.parts.1);
+            }
+            let ready = select.select();
+            let index = ready.index();
+            if index == value {
+                return ready.recv(values).ok();
+            }
+            // Receivers were added behind `values` in the order of the stations.
+            if let Some(station) = index
+                .checked_sub(1)
+                .and_then(|index| self.stations.get(index))
+                && let Ok(part) = ready.recv(&station.parts.1)
+            {
+                run_caught(part);
+            }
+        }
     }
 
     /// Makes every worker leave its loop.
@@ -282,27 +292,48 @@ impl Pool {
         }
     }
 
+    /// Lets go of the devices that were still waiting for a turn: they keep the pool, and it them.
+    pub(super) fn forget_work(&self) {
+        for station in &self.stations {
+            station.serve.1.try_iter().for_each(drop);
+            station.parts.1.try_iter().for_each(drop);
+        }
+    }
+
     /// A worker's life.
     fn work(&self, station: &Station) {
         let mut scratch = Scratch::default();
         while !self.stopping.load(Ordering::Acquire) {
-            if let Ok(part) = station.parts.1.try_recv() {
-                run_caught(part);
-                continue;
-            }
-            // One kick and one waiting device a turn: neither can keep the other from its turn.
-            let kick = station
-                .wait(station.serve.1.is_empty())
-                .filter(|id| *id != WAKE);
-            if let Some(device) = kick.and_then(|id| self.kicked(id)) {
-                self.serve(station, device, &mut scratch);
-            }
-            if let Ok(device) = station.serve.1.try_recv() {
-                self.serve(station, device, &mut scratch);
-            }
+            self.work_once(station, &mut scratch, true);
         }
         // One edge wakes one worker: pass it on so that all of them leave.
         station.wake.signal();
+    }
+
+    /// Waits for work, unless told not to, and does one piece of it; false if nothing was there.
+    fn work_once(&self, station: &Station, scratch: &mut Scratch, may_sleep: bool) -> bool {
+        if let Ok(part) = station.parts.1.try_recv() {
+            run_caught(part);
+            return true;
+        }
+        // One kick and one waiting device a turn: neither can keep the other from its turn.
+        let event = station.wait(may_sleep && station.serve.1.is_empty());
+        let kick = event.filter(|id| *id != WAKE);
+        if let Some(device) = kick.and_then(|id| self.kicked(id)) {
+            self.serve(station, device, scratch);
+        }
+        match station.serve.1.try_recv() {
+            Ok(device) => self.serve(station, device, scratch),
+            Err(_) => return event.is_some(),
+        }
+        true
+    }
+
+    /// What a worker of the first station would do next, done by the calling thread.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn work_inline(&self) -> bool {
+        let station = self.stations.first();
+        station.is_some_and(|station| self.work_once(station, &mut Scratch::default(), false))
     }
 
     /// The device that the kick `id` belongs to, if it is to be served now and by us.

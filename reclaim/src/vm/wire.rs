@@ -74,6 +74,12 @@ pub struct PageCounters {
     pub skipped_pinned_bytes: u64,
     /// Bytes whose discard failed.
     pub skipped_failed_bytes: u64,
+    /// Bytes refused because the balloon was as large as it should be.
+    pub skipped_over_target_bytes: u64,
+    /// Bytes that the guest sent before it acknowledged a reset of its balloon.
+    pub skipped_late_bytes: u64,
+    /// Of the skipped bytes, those that the guest was told are refused.
+    pub refused_bytes: u64,
     /// Bytes that the guest took back.
     pub returned_bytes: u64,
     /// Bytes that the guest wanted back without having given them.
@@ -117,6 +123,8 @@ impl PageCounters {
             self.skipped_partial_bytes,
             self.skipped_pinned_bytes,
             self.skipped_failed_bytes,
+            self.skipped_over_target_bytes,
+            self.skipped_late_bytes,
         ]
         .into_iter()
         .fold(0, u64::saturating_add)

@@ -12,6 +12,8 @@ pub fn skipped(flow: &aerostat_flow) -> u64 {
         flow.skipped_pinned_bytes,
         flow.skipped_partial_bytes,
         flow.skipped_failed_bytes,
+        flow.skipped_over_target_bytes,
+        flow.skipped_late_bytes,
     ]
     .iter()
     .sum()
@@ -37,6 +39,10 @@ pub fn assert_balanced(counters: &aerostat_counters) {
     assert!(balances(&counters.balloon), "balloon: {counters:#?}");
     assert!(balances(&counters.report), "reports: {counters:#?}");
     assert_eq!(counters.report.held_bytes, 0, "reports are never held");
+    let skipped = skipped(&counters.balloon);
+    assert!(counters.refused_bytes <= skipped, "refused: {counters:#?}");
+    let acknowledged = counters.host_resets_acknowledged;
+    assert!(acknowledged <= counters.host_resets, "{counters:#?}");
 }
 
 /// Bytes that the guest gave and that were new to the balloon.

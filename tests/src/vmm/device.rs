@@ -178,6 +178,8 @@ impl Device {
         resume => aerostat_device_resume;
         /// Status 0.
         reset => aerostat_device_reset;
+        /// Gives the whole balloon back to the guest.
+        reset_balloon => aerostat_device_reset_balloon;
         /// Forbids discarding and drains.
         inhibit => aerostat_device_inhibit;
         /// Allows it again.
@@ -400,6 +402,26 @@ impl Device {
             aerostat_device_set_stats_interval(self.handle, interval_ms)
         )
         .map(drop)
+    }
+
+    /// Lets inflated pages wait before they are discarded.
+    ///
+    /// # Errors
+    /// None is documented for a live handle.
+    pub fn set_write_behind(&self, limit_bytes: u64, delay_ms: u32) -> Result<()> {
+        call!(
+            self.symbols,
+            aerostat_device_set_write_behind(self.handle, limit_bytes, delay_ms)
+        )
+        .map(drop)
+    }
+
+    /// Discards what waits.
+    ///
+    /// # Errors
+    /// None is documented for a live handle.
+    pub fn flush(&self) -> Result<()> {
+        call!(self.symbols, aerostat_device_flush(self.handle)).map(drop)
     }
 
     /// Begins a round of free page hints.

@@ -4,6 +4,10 @@
 //! the acknowledgement, writes `actual` after each, keeps one statistics buffer with the device,
 //! and tells the host before it uses pages of the balloon again.
 
+mod extensions;
+
+pub use extensions::{CONFIG_RESET_ACK, CONFIG_RESET_ID, refused_of};
+
 use super::PAGE_BYTES;
 use super::allocator::PageAllocator;
 use super::device::Device;
@@ -69,6 +73,9 @@ pub struct Driver {
     balloon: Vec<u64>,
     stats: Vec<(u16, u64)>,
     pub(super) hinting: Hinting,
+    features: u64,
+    /// Pages that the device does not want, put aside so that they are not offered again.
+    refused: Vec<u64>,
 }
 
 impl Driver {
@@ -90,6 +97,8 @@ impl Driver {
             balloon: Vec::new(),
             stats: Vec::new(),
             hinting: Hinting::default(),
+            features: 0,
+            refused: Vec::new(),
         }
     }
 
@@ -128,6 +137,7 @@ impl Driver {
         let pages = std::mem::take(&mut self.balloon);
         self.allocator.release(pages);
         self.allocator.release(self.hinting.restart());
+        self.release_refused();
     }
 
     /// The pages in the balloon.
@@ -180,7 +190,7 @@ impl Driver {
     }
 
     /// Puts up to `pages` pages, and no more than a buffer's worth, into the balloon; returns how
-    /// many the guest could spare (fill_balloon).
+    /// many went in (fill_balloon).
     ///
     /// # Errors
     /// They are not acknowledged.
@@ -189,8 +199,9 @@ impl Driver {
         let pfns: Vec<u64> = (0..wanted)
             .map_while(|_| self.allocator.allocate())
             .collect();
+        let before = self.balloon.len();
         self.give(&pfns)?;
-        Ok(pfns.len())
+        Ok(self.balloon.len() - before)
     }
 
     /// Puts these pages into the balloon, unused or not: the caller knows that nobody needs them.
@@ -202,6 +213,10 @@ impl Driver {
             self.allocator.take(*pfn);
         }
         for pfns in pfns.chunks(MAX_PFNS) {
+            if self.has_refusal() {
+                self.give_or_put_aside(pfns)?;
+                continue;
+            }
             self.tell(Role::Inflate, pfns)?;
             self.balloon.extend_from_slice(pfns);
         }
@@ -266,6 +281,7 @@ impl Driver {
     /// # Errors
     /// The device does not answer.
     pub fn step(&mut self) -> Result<(usize, bool)> {
+        self.follow_host_reset()?;
         let (target, size) = (self.target_pages()?, self.balloon.len());
         let moved = if target > size {
             self.fill(target - size)?
@@ -275,7 +291,11 @@ impl Driver {
             0
         };
         self.update_actual()?;
-        Ok((moved, self.balloon.len() == self.target_pages()?))
+        let reached = self.balloon.len() == self.target_pages()?;
+        if reached {
+            self.release_refused();
+        }
+        Ok((moved, reached))
     }
 
     /// Moves to the target; gives up where the guest has nothing more to spare.

@@ -250,7 +250,10 @@ impl Guest {
             self.device.start_queue(index, &config)?;
             self.wiring.push((index, config));
         }
-        self.driver.lock().restart(queues);
+        let mut driver = self.driver.lock();
+        driver.restart(queues);
+        driver.set_features(features);
+        drop(driver);
         Ok(())
     }
 

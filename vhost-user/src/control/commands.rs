@@ -19,7 +19,7 @@ type Outcome = Result<Value, Failure>;
 type Handler = fn(&Shared, &mut Arguments) -> Outcome;
 
 /// All commands, by name.
-const COMMANDS: [(&str, Handler); 18] = [
+const COMMANDS: [(&str, Handler); 19] = [
     ("aerostat-guest-stats", guest_stats),
     ("aerostat-hints-finish", hints_finish),
     ("aerostat-hints-start", hints_start),
@@ -27,6 +27,7 @@ const COMMANDS: [(&str, Handler); 18] = [
     ("aerostat-history", history),
     ("aerostat-inhibit", inhibit),
     ("aerostat-query", query),
+    ("aerostat-reset-balloon", reset_balloon),
     ("aerostat-set-target", set_target),
     ("aerostat-uninhibit", uninhibit),
     ("balloon", balloon),
@@ -149,6 +150,12 @@ fn set_target(shared: &Shared, arguments: &mut Arguments) -> Outcome {
     checked(arguments)?;
     let target = shared.vm.set_target_bytes(bytes)?;
     Ok(json!({ "target-bytes": target }))
+}
+
+fn reset_balloon(shared: &Shared, arguments: &mut Arguments) -> Outcome {
+    checked(arguments)?;
+    shared.vm.reset_balloon()?;
+    Ok(json!({}))
 }
 
 fn query(shared: &Shared, arguments: &mut Arguments) -> Outcome {

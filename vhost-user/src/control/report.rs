@@ -127,6 +127,7 @@ fn event(event: HistoryEvent) -> &'static str {
         HistoryEvent::Uninhibited => "uninhibited",
         HistoryEvent::NeedsReset => "needs-reset",
         HistoryEvent::Restored => "restored",
+        HistoryEvent::BalloonReset => "balloon-reset",
         _ => "other",
     }
 }

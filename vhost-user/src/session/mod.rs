@@ -39,6 +39,9 @@ const STATUS_NEEDS_RESET: u8 = 64;
 /// How many refused requests of a session are worth a warning each.
 const MAX_LOGGED_REFUSALS: u32 = 20;
 
+/// How many of a driver's comings and goings, and of the rings that it broke, are told of in a session.
+const MAX_LOGGED_DRIVER_EVENTS: u32 = 100;
+
 /// What a request is answered with.
 enum Answer {
     Done,
@@ -62,6 +65,8 @@ struct Session<'a> {
     config_changed: bool,
     broken: bool,
     refusals: u32,
+    /// What the guest's driver did that was told of.
+    driver_events: u32,
 }
 
 /// Serves `socket` until the front-end goes, breaks the protocol, or `shutdown` is readable.
@@ -129,6 +134,7 @@ impl<'a> Session<'a> {
             config_changed: false,
             broken: false,
             refusals: 0,
+            driver_events: 0,
         }
     }
 
@@ -307,7 +313,8 @@ impl<'a> Session<'a> {
             .features
             .is_some_and(|bits| bits & F_PROTOCOL_FEATURES == 0);
         if cannot_disable && self.rings.iter().any(|ring| ring.started) {
-            log::info!("{}: the driver was removed", self.vm.name);
+            let level = self.driver_event(log::Level::Info);
+            log::log!(level, "{}: the driver was removed", self.vm.name);
             self.reset();
         }
     }
@@ -397,7 +404,9 @@ impl<'a> Session<'a> {
         let state = self.device().state();
         if state == DeviceState::NeedsReset && !self.broken {
             self.broken = true;
-            log::error!(
+            let level = self.driver_event(log::Level::Error);
+            log::log!(
+                level,
                 "{}: the guest broke a ring; it is not served until it resets the device",
                 self.vm.name
             );
@@ -410,6 +419,15 @@ impl<'a> Session<'a> {
             self.config_changed = false;
             let result = self.backend.as_mut().map(BackendChannel::config_changed);
             self.end_backend_channel_on(result);
+        }
+    }
+
+    /// The level at which to tell of something that the guest can repeat as often as it likes.
+    fn driver_event(&mut self, level: log::Level) -> log::Level {
+        self.driver_events = self.driver_events.saturating_add(1);
+        match self.driver_events {
+            0..=MAX_LOGGED_DRIVER_EVENTS => level,
+            _ => log::Level::Debug,
         }
     }
 

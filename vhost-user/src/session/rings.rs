@@ -163,7 +163,12 @@ impl Session<'_> {
         let mut others = self.rings.iter();
         let goes_on = others.any(|ring| ring.started || ring.is_resumed());
         if new && !goes_on && self.device().state() != DeviceState::Configuring {
-            log::info!("{}: a new driver; the balloon is empty", self.vm.name);
+            let level = self.driver_event(log::Level::Info);
+            log::log!(
+                level,
+                "{}: a new driver; the balloon is empty",
+                self.vm.name
+            );
             self.reset_device();
         }
         Ok(())
@@ -174,7 +179,9 @@ impl Session<'_> {
             return Ok(());
         }
         self.device().activate()?;
-        log::info!(
+        let level = self.driver_event(log::Level::Info);
+        log::log!(
+            level,
             "{}: active, {} MiB, features {:#x}",
             self.vm.name,
             self.device().memory_bytes() >> 20,

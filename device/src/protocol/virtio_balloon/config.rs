@@ -1,25 +1,56 @@
-//! The configuration space (5.5.4): 16 little-endian bytes, legacy or not.
+//! The configuration space (5.5.4): 16 little-endian bytes, legacy or not, and 8 more if HOST_RESET
+//! is offered (docs/virtio-balloon-extensions.md; requirement V3).
 //!
 //! Reading and writing never wait for a queue: a VMM does both from its vCPU threads.
 
 use super::Features;
-use std::sync::atomic::{AtomicU32, Ordering};
+use parking_lot::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// Its length: `num_pages`, `actual`, `free_page_hint_cmd_id`, `poison_val`, all le32.
 pub(crate) const CONFIG_BYTES: usize = 16;
+/// The same where HOST_RESET is offered: `reset_id` and `reset_ack` follow.
+pub(crate) const HOST_RESET_CONFIG_BYTES: usize = 24;
 
 const NUM_PAGES: usize = 0;
 const ACTUAL: usize = 4;
 const HINT_CMD_ID: usize = 8;
 const POISON_VAL: usize = 12;
+const RESET_ID: usize = 16;
+const RESET_ACK: usize = 20;
+
+/// Where host resets stand.
+#[derive(Debug, Default)]
+struct HostReset {
+    id: u32,
+    ack: u32,
+    /// How many were asked for since the last one that was acknowledged.
+    open: u64,
+}
 
 /// The fields as host values.
 #[derive(Debug, Default)]
 pub(crate) struct ConfigSpace {
+    /// HOST_RESET is offered: the space has its fields, whatever will be negotiated.
+    has_host_reset: bool,
+    host_reset: Mutex<HostReset>,
+    /// Whether `reset_ack` differs from `reset_id`; changes under the lock above.
+    reset_pending: AtomicBool,
     num_pages: AtomicU32,
     actual: AtomicU32,
     hint_cmd_id: AtomicU32,
     poison_val: AtomicU32,
+}
+
+/// The fields that a saved device takes along (requirement S13); the id of hints is its board's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SavedConfig {
+    pub(crate) num_pages: u32,
+    pub(crate) actual: u32,
+    pub(crate) poison_val: u32,
+    /// The last host reset, and the last one that the driver acknowledged (requirement V3).
+    pub(crate) reset_id: u32,
+    pub(crate) reset_ack: u32,
 }
 
 /// What a driver's write did.
@@ -29,9 +60,61 @@ pub(crate) struct Written {
     pub(crate) actual_changed: bool,
     /// A field that is not the driver's to change, or not now, would have changed.
     pub(crate) refused: bool,
+    /// How many host resets it acknowledged.
+    pub(crate) acknowledged_resets: u64,
 }
 
 impl ConfigSpace {
+    /// The space of a device that offers `features`.
+    pub(crate) fn new(features: Features) -> Self {
+        Self {
+            has_host_reset: features.contains(Features::HOST_RESET),
+            ..Self::default()
+        }
+    }
+
+    /// Its length.
+    fn len(&self) -> usize {
+        if self.has_host_reset {
+            HOST_RESET_CONFIG_BYTES
+        } else {
+            CONFIG_BYTES
+        }
+    }
+
+    /// Shows a new `reset_id`, which is pending until the driver writes it to `reset_ack`.
+    pub(crate) fn ask_for_reset(&self) {
+        let mut reset = self.host_reset.lock();
+        // Never the one that was acknowledged last, even after all ids were used.
+        reset.id = reset.id.wrapping_add(1);
+        if reset.id == reset.ack {
+            reset.id = reset.id.wrapping_add(1);
+        }
+        reset.open += 1;
+        self.reset_pending.store(true, Ordering::Release);
+    }
+
+    /// Whether the driver has not acknowledged the last host reset.
+    pub(crate) fn reset_pending(&self) -> bool {
+        self.reset_pending.load(Ordering::Acquire)
+    }
+
+    /// Takes what the driver wrote over `reset_ack`. The bytes may come one by one, so any value is
+    /// kept while a reset is pending; without one there is nothing to acknowledge.
+    fn write_reset_ack(&self, overlay: impl Fn(u32) -> u32, written: &mut Written) {
+        let mut reset = self.host_reset.lock();
+        let new = overlay(reset.ack);
+        if reset.ack == reset.id {
+            written.refused |= new != reset.ack;
+            return;
+        }
+        reset.ack = new;
+        if new == reset.id {
+            written.acknowledged_resets = std::mem::take(&mut reset.open);
+            self.reset_pending.store(false, Ordering::Release);
+        }
+    }
+
     pub(crate) fn num_pages(&self) -> u32 {
         self.num_pages.load(Ordering::Acquire)
     }
@@ -52,22 +135,52 @@ impl ConfigSpace {
         self.poison_val.load(Ordering::Acquire)
     }
 
-    /// A new driver starts with an empty balloon; the target is the host's and stays.
-    pub(crate) fn reset(&self) {
+    /// A new driver starts with an empty balloon; the target is the host's and stays. So does
+    /// `reset_id`, but nothing is pending any more: returns how many host resets ended this way.
+    pub(crate) fn reset(&self) -> u64 {
         self.actual.store(0, Ordering::Release);
         self.poison_val.store(0, Ordering::Release);
+        let mut reset = self.host_reset.lock();
+        reset.ack = reset.id;
+        self.reset_pending.store(false, Ordering::Release);
+        std::mem::take(&mut reset.open)
     }
 
-    /// Takes over a saved device's fields.
-    pub(crate) fn restore(&self, num_pages: u32, actual: u32, poison_val: u32) {
-        self.num_pages.store(num_pages, Ordering::Release);
-        self.actual.store(actual, Ordering::Release);
-        self.poison_val.store(poison_val, Ordering::Release);
+    /// Takes over a saved device's fields. Returns whether a host reset is pending.
+    pub(crate) fn restore(&self, saved: SavedConfig) -> bool {
+        self.num_pages.store(saved.num_pages, Ordering::Release);
+        self.actual.store(saved.actual, Ordering::Release);
+        self.poison_val.store(saved.poison_val, Ordering::Release);
+        let mut reset = self.host_reset.lock();
+        let pending = saved.reset_id != saved.reset_ack;
+        *reset = HostReset {
+            id: saved.reset_id,
+            ack: saved.reset_ack,
+            open: u64::from(pending),
+        };
+        self.reset_pending.store(pending, Ordering::Release);
+        pending
     }
 
-    fn bytes(&self) -> [u8; CONFIG_BYTES] {
-        let mut bytes = [0; CONFIG_BYTES];
+    /// The fields as they are saved.
+    pub(crate) fn save(&self) -> SavedConfig {
+        let reset = self.host_reset.lock();
+        SavedConfig {
+            num_pages: self.num_pages(),
+            actual: self.actual(),
+            poison_val: self.poison_val(),
+            reset_id: reset.id,
+            reset_ack: reset.ack,
+        }
+    }
+
+    fn bytes(&self) -> [u8; HOST_RESET_CONFIG_BYTES] {
+        let mut bytes = [0; HOST_RESET_CONFIG_BYTES];
+        let reset = self.host_reset.lock();
+        // Without the feature both are zero, as is whatever lies behind the end.
         let fields = [
+            (RESET_ID, reset.id),
+            (RESET_ACK, reset.ack),
             (NUM_PAGES, self.num_pages()),
             (ACTUAL, self.actual()),
             (HINT_CMD_ID, self.hint_cmd_id.load(Ordering::Acquire)),
@@ -86,7 +199,7 @@ impl ConfigSpace {
         let bytes = self.bytes();
         let start = usize::try_from(offset)
             .unwrap_or(usize::MAX)
-            .min(CONFIG_BYTES);
+            .min(bytes.len());
         let source = bytes.iter().skip(start).chain(std::iter::repeat(&0));
         for (byte, value) in data.iter_mut().zip(source) {
             *byte = *value;
@@ -106,7 +219,7 @@ impl ConfigSpace {
         let mut written = Written::default();
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let end = start.saturating_add(data.len());
-        written.refused |= end > CONFIG_BYTES && !data.is_empty();
+        written.refused |= end > self.len() && !data.is_empty();
         let overlay = |at: usize, old: u32| {
             let mut bytes = old.to_le_bytes();
             for (index, byte) in bytes.iter_mut().enumerate() {
@@ -138,6 +251,15 @@ impl ConfigSpace {
             let old = own.load(Ordering::Acquire);
             written.refused |= overlay(at, old) != old;
         }
+        if self.has_host_reset {
+            let id = self.host_reset.lock().id;
+            written.refused |= overlay(RESET_ID, id) != id;
+            if features.contains(Features::HOST_RESET) {
+                self.write_reset_ack(|old| overlay(RESET_ACK, old), &mut written);
+            } else {
+                written.refused |= overlay(RESET_ACK, 0) != 0;
+            }
+        }
         written
     }
 }
@@ -158,7 +280,7 @@ mod tests {
             written,
             Written {
                 actual_changed: true,
-                refused: false
+                ..Written::default()
             }
         );
         assert_eq!((config.num_pages(), config.actual()), (1000, 77));
@@ -199,5 +321,97 @@ mod tests {
         assert_eq!(data, [0; 8]);
         config.read(u64::MAX, &mut data);
         assert_eq!(data, [0; 8]);
+    }
+
+    fn reset_fields(config: &ConfigSpace) -> (u32, u32) {
+        let mut bytes = [0; 8];
+        config.read(RESET_ID as u64, &mut bytes);
+        let (id, ack) = bytes.split_at(4);
+        let field = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
+        (field(id), field(ack))
+    }
+
+    fn acknowledge(config: &ConfigSpace, id: u32) -> Written {
+        let at = RESET_ACK as u64;
+        config.write(at, &id.to_le_bytes(), Features::all(), true)
+    }
+
+    #[test]
+    fn a_host_reset_is_pending_until_its_own_id_is_written() {
+        let config = ConfigSpace::new(Features::HOST_RESET);
+        assert!(!config.reset_pending());
+        config.ask_for_reset();
+        assert_eq!(reset_fields(&config), (1, 0));
+        for wrong in [0, 7, u32::MAX] {
+            assert_eq!(acknowledge(&config, wrong), Written::default());
+            assert!(config.reset_pending());
+        }
+        assert_eq!(acknowledge(&config, 1).acknowledged_resets, 1);
+        assert!(!config.reset_pending());
+        // Nothing is pending: an acknowledgement, of whatever, is not the driver's to write.
+        assert!(acknowledge(&config, 2).refused);
+        assert_eq!(acknowledge(&config, 1), Written::default());
+        assert_eq!(reset_fields(&config), (1, 1));
+    }
+
+    #[test]
+    fn the_newest_id_acknowledges_earlier_ones_too() {
+        let config = ConfigSpace::new(Features::HOST_RESET);
+        config.ask_for_reset();
+        config.ask_for_reset();
+        assert_eq!(acknowledge(&config, 1).acknowledged_resets, 0);
+        assert!(config.reset_pending());
+        assert_eq!(acknowledge(&config, 2).acknowledged_resets, 2);
+    }
+
+    #[test]
+    fn an_acknowledgement_may_come_byte_by_byte() {
+        let config = ConfigSpace::new(Features::HOST_RESET);
+        (0..0x203).for_each(|_| config.ask_for_reset());
+        for (at, byte) in (RESET_ACK as u64..).zip(0x203u32.to_le_bytes()) {
+            assert!(!config.write(at, &[byte], Features::all(), true).refused);
+        }
+        assert!(!config.reset_pending());
+    }
+
+    #[test]
+    fn a_new_driver_has_nothing_to_acknowledge_and_ids_go_on() {
+        let config = ConfigSpace::new(Features::HOST_RESET);
+        config.ask_for_reset();
+        assert_eq!(config.reset(), 1);
+        assert!(!config.reset_pending());
+        assert_eq!(reset_fields(&config), (1, 1));
+        config.ask_for_reset();
+        assert_eq!(reset_fields(&config), (2, 1));
+    }
+
+    #[test]
+    fn an_id_is_never_the_one_acknowledged_last() {
+        let config = ConfigSpace::new(Features::HOST_RESET);
+        config.host_reset.lock().id = u32::MAX;
+        config.ask_for_reset();
+        assert_eq!(reset_fields(&config), (1, 0), "0 would look acknowledged");
+    }
+
+    #[test]
+    fn without_the_feature_there_are_no_such_fields() {
+        let config = ConfigSpace::new(Features::DEFAULT);
+        let written = config.write(RESET_ACK as u64, &[1], Features::all(), true);
+        assert!(written.refused);
+        assert_eq!(reset_fields(&config), (0, 0));
+        // Offered, but not selected: readable, and nobody's to write.
+        let config = ConfigSpace::new(Features::all());
+        let negotiated = Features::DEFAULT;
+        assert!(
+            config
+                .write(RESET_ACK as u64, &[1], negotiated, true)
+                .refused
+        );
+        assert!(
+            !config
+                .write(RESET_ACK as u64, &[0; 4], negotiated, true)
+                .refused
+        );
+        assert_eq!(reset_fields(&config), (0, 0));
     }
 }

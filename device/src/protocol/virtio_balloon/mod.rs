@@ -3,16 +3,17 @@
 mod config;
 mod hints;
 mod queues;
+mod refusal;
 mod stats;
 
-pub(crate) use config::{CONFIG_BYTES, ConfigSpace};
+pub(crate) use config::{CONFIG_BYTES, ConfigSpace, HOST_RESET_CONFIG_BYTES, SavedConfig};
 pub use hints::HintState;
 pub(crate) use hints::{HintBoard, MAX_ROUND};
 pub(crate) use queues::{QUEUES, Role, role_of};
 pub(crate) use stats::StatsBoard;
 
 use crate::balloon::{Balloon, bump};
-use crate::memory::{Gpa, GuestMemory, Pfn, PfnRange};
+use crate::memory::{BALLOON_PAGE_BYTES, Gpa, GuestMemory, Pfn, PfnRange};
 use crate::metrics::{Books, Counters};
 use crate::pages::ranges::{coalesce_pages, coalesce_ranges};
 use crate::ring::RingError;
@@ -47,27 +48,38 @@ bitflags::bitflags! {
         const RING_PACKED = 1 << 34;
         /// Buffers are used in the order in which they were made available: the device always does.
         const IN_ORDER = 1 << 35;
+        /// The device may refuse pages, and says which (docs/virtio-balloon-extensions.md; V1, V2).
+        const PAGE_REFUSAL = 1 << 50;
+        /// The device may give all pages back at once (docs/virtio-balloon-extensions.md; V3).
+        const HOST_RESET = 1 << 51;
     }
 }
 
 impl Features {
     /// What is offered unless the VMM chooses. DEFLATE_ON_OOM is left to the VMM since it lets a guest
-    /// undo what the host decided; the packed layout and IN_ORDER since VMMs have to know about them.
+    /// undo what the host decided; the packed layout and IN_ORDER since VMMs have to know about them;
+    /// PAGE_REFUSAL and HOST_RESET since they are not in the standard (V4).
     pub(crate) const DEFAULT: Self = Self::all()
         .difference(Self::DEFLATE_ON_OOM)
         .difference(Self::RING_PACKED)
         .difference(Self::IN_ORDER)
-        .difference(Self::FREE_PAGE_HINT);
+        .difference(Self::FREE_PAGE_HINT)
+        .difference(Self::PAGE_REFUSAL)
+        .difference(Self::HOST_RESET);
 }
 
-/// The most PFNs a chain may carry: 128 MiB of memory; stock drivers send 256 to 1024. More is taken
+/// The most PFNs a chain may carry: 32 MiB of memory; stock drivers send 256 to 1024. More is taken
 /// as malformed, so that a single chain of scattered pages cannot keep a worker, and whoever waits for
 /// the device, busy for longer than about 0.1 s (I3).
-const MAX_CHAIN_PFNS: u64 = 1 << 15;
+const MAX_CHAIN_PFNS: u64 = 1 << 13;
+/// A PFN is an le32 (5.5.6.1).
+const PFN_BYTES: u64 = 4;
 /// How much is served before other devices get a turn.
 const MAX_CHAINS_PER_TURN: usize = 256;
-/// Listed pages and reported ranges, each of which may cost a discard of its own, and descriptors: a
-/// chain may have tens of thousands of them and yet say nothing.
+/// Descriptors, as many as the largest queue has. A guest may have all its chains share one indirect table
+/// of empty buffers, which bring no entry: without this bound a turn would walk millions.
+const MAX_BUFFERS_PER_TURN: usize = 1 << 15;
+/// Listed pages and reported ranges, each of which may cost a discard of its own.
 const MAX_ENTRIES_PER_TURN: usize = 1 << 13;
 /// Reported memory: 1 GiB, eight times what Linux reports in a chain.
 const MAX_REPORTED_PAGES_PER_TURN: u64 = 1 << 18;
@@ -82,6 +94,9 @@ pub(crate) struct Turn<'a> {
     pub(crate) books: &'a Books,
     pub(crate) stats: &'a StatsBoard,
     pub(crate) hints: &'a HintBoard,
+    pub(crate) config: &'a ConfigSpace,
+    /// PAGE_REFUSAL was negotiated.
+    pub(crate) refusal: bool,
     /// The balloon's size, for those who must not wait for its lock.
     pub(crate) ballooned_bytes: &'a AtomicU64,
     /// PAGE_POISON was negotiated with a value other than zero (S10).
@@ -90,8 +105,9 @@ pub(crate) struct Turn<'a> {
 
 /// How a batch of chains is read and carried out.
 struct Handler {
-    /// Reads the chain into the scratch buffers; false if its content makes no sense.
-    read: fn(&Chain, &GuestMemory, &mut Vec<Pfn>, &mut Vec<PfnRange>) -> bool,
+    /// Reads the chain into the scratch buffers; false if its content makes no sense. Also returns how
+    /// many bytes were written to it.
+    read: fn(&mut Turn<'_>) -> (bool, u32),
     /// Acts on all chains of the batch at once.
     act: fn(&mut Turn<'_>),
     /// The counter of completed chains.
@@ -108,9 +124,19 @@ pub(crate) fn serve_pages(
     turn: &mut Turn<'_>,
 ) -> Result<bool, RingError> {
     let handler = match role {
+        Role::Inflate if turn.refusal => Handler {
+            read: refusal::answer,
+            act: |turn| turn.balloon.settle(turn.books),
+            chains: |counters| &mut counters.inflate_chains,
+        },
         Role::Inflate => Handler {
-            read: |chain, memory, pages, _| read_pfns(chain, memory, pages),
+            read: read_pfns,
             act: |turn| {
+                // Looked at after the chains were popped: what follows an acknowledgement is not late.
+                if turn.config.reset_pending() {
+                    let pages = turn.scratch.pages.len() as u64;
+                    return turn.balloon.turn_away(pages, false, turn.books);
+                }
                 let duplicates = coalesce_pages(&mut turn.scratch.pages, &mut turn.scratch.ranges);
                 turn.balloon
                     .give(&turn.scratch.ranges, duplicates, turn.books);
@@ -118,8 +144,14 @@ pub(crate) fn serve_pages(
             chains: |counters| &mut counters.inflate_chains,
         },
         Role::Deflate => Handler {
-            read: |chain, memory, pages, _| read_pfns(chain, memory, pages),
+            read: read_pfns,
             act: |turn| {
+                if turn.config.reset_pending() {
+                    let late = (turn.scratch.pages.len() as u64).wrapping_mul(BALLOON_PAGE_BYTES);
+                    return turn
+                        .books
+                        .enter(|entry| bump(&mut entry.device().late_take_bytes, late));
+                }
                 let duplicates = coalesce_pages(&mut turn.scratch.pages, &mut turn.scratch.ranges);
                 turn.balloon
                     .take(&turn.scratch.ranges, duplicates, turn.books);
@@ -127,7 +159,7 @@ pub(crate) fn serve_pages(
             chains: |counters| &mut counters.deflate_chains,
         },
         Role::Reporting => Handler {
-            read: |chain, memory, _, ranges| read_reports(chain, memory, ranges),
+            read: read_reports,
             act: |turn| {
                 let duplicates = coalesce_ranges(&mut turn.scratch.ranges);
                 turn.balloon
@@ -160,12 +192,13 @@ fn serve_batch(
     turn.scratch.pages.clear();
     turn.scratch.ranges.clear();
     turn.scratch.done.clear();
-    let (mut errors, mut segments) = (0, 0);
+    let (mut errors, mut buffers) = (0, 0);
     let end = loop {
         let scratch = &mut *turn.scratch;
         let reported_pages: u64 = scratch.ranges.iter().map(PfnRange::pages).sum();
         if scratch.done.len() >= MAX_CHAINS_PER_TURN
-            || scratch.pages.len() + scratch.ranges.len() + segments >= MAX_ENTRIES_PER_TURN
+            || buffers >= MAX_BUFFERS_PER_TURN
+            || scratch.pages.len() + scratch.ranges.len() >= MAX_ENTRIES_PER_TURN
             || reported_pages >= MAX_REPORTED_PAGES_PER_TURN
         {
             break Ok(false);
@@ -173,16 +206,11 @@ fn serve_batch(
         let memory = turn.balloon.memory();
         match source.pop(memory, &mut scratch.chain) {
             Ok(true) => {
-                let Scratch {
-                    chain,
-                    pages,
-                    ranges,
-                    done,
-                } = scratch;
-                let understood = !chain.malformed && (handler.read)(chain, memory, pages, ranges);
+                let token = scratch.chain.token;
+                let (understood, written) = (handler.read)(turn);
                 errors += u64::from(!understood);
-                segments += chain.segments();
-                done.push((chain.token, 0));
+                buffers += turn.scratch.chain.buffers();
+                turn.scratch.done.push((token, written));
             }
             Ok(false) => break Ok(true),
             Err(error) => break Err(error),
@@ -207,10 +235,16 @@ fn serve_batch(
     end
 }
 
+/// Reads a chain that is a list of PFNs and nothing else. Nothing is written to it.
+fn read_pfns(turn: &mut Turn<'_>) -> (bool, u32) {
+    let Scratch { chain, pages, .. } = &mut *turn.scratch;
+    let understood = !chain.malformed && read_list(chain, turn.balloon.memory(), pages);
+    (understood && chain.writable.is_empty(), 0)
+}
+
 /// Appends the chain's PFNs (5.5.6.1). They are copied before anything is discarded: the pages may
 /// be the ones that hold the list.
-fn read_pfns(chain: &Chain, memory: &GuestMemory, pages: &mut Vec<Pfn>) -> bool {
-    const PFN_BYTES: u64 = 4;
+fn read_list(chain: &Chain, memory: &GuestMemory, pages: &mut Vec<Pfn>) -> bool {
     let length = chain.readable_bytes();
     if length > MAX_CHAIN_PFNS * PFN_BYTES {
         return false;
@@ -222,13 +256,18 @@ fn read_pfns(chain: &Chain, memory: &GuestMemory, pages: &mut Vec<Pfn>) -> bool 
                 .map(|pfn| Pfn(u64::from(u32::from_le_bytes(*pfn)))),
         );
     });
-    whole && length > 0 && length.is_multiple_of(PFN_BYTES) && chain.writable.is_empty()
+    whole && length > 0 && length.is_multiple_of(PFN_BYTES)
 }
 
 /// Appends the reported ranges (5.5.6.7): they are the chain's writable buffers themselves.
-fn read_reports(chain: &Chain, memory: &GuestMemory, ranges: &mut Vec<PfnRange>) -> bool {
+fn read_reports(turn: &mut Turn<'_>) -> (bool, u32) {
+    let Scratch { chain, ranges, .. } = &mut *turn.scratch;
+    if chain.malformed {
+        return (false, 0);
+    }
     let directions = chain.readable.is_empty() && !chain.writable.is_empty();
-    read_reports_of(&chain.writable, memory, ranges) && directions
+    let understood = read_reports_of(&chain.writable, turn.balloon.memory(), ranges);
+    (understood && directions, 0)
 }
 
 /// Appends the pages that `buffers` are.
@@ -272,7 +311,7 @@ fn read_reports_of(buffers: &[Segment], memory: &GuestMemory, ranges: &mut Vec<P
 
 /// The pages of a reported buffer, which has to consist of whole ones.
 fn whole_pages(gpa: Gpa, length: u64) -> Option<PfnRange> {
-    let page = crate::memory::BALLOON_PAGE_BYTES;
+    let page = BALLOON_PAGE_BYTES;
     let end = gpa.0.checked_add(length)?;
     let aligned = gpa.0.is_multiple_of(page) && length.is_multiple_of(page) && length > 0;
     aligned.then_some(PfnRange {
@@ -280,3 +319,8 @@ fn whole_pages(gpa: Gpa, length: u64) -> Option<PfnRange> {
         end: Pfn(end / page),
     })
 }
+
+#[cfg(test)]
+#[path = "turn_tests.rs"]
+#[allow(unsafe_code, reason = "elements are described by raw memory")]
+mod tests;

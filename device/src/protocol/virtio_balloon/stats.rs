@@ -1,15 +1,14 @@
 //! Guest statistics (5.5.6.4; S8): the device holds the driver's buffer and returns it to ask for
 //! fresh values.
 
-use super::{MAX_ENTRIES_PER_TURN, Turn};
+use super::Turn;
 use crate::balloon::bump;
 use crate::memory::GuestMemory;
 use crate::metrics::{GuestStats, STATS_TAGS};
 use crate::ring::RingError;
 use crate::ring::chain::Chain;
 use crate::ring::source::Source;
-use parking_lot::{Condvar, Mutex};
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Condvar, Mutex, Ordering};
 use std::time::{Duration, Instant};
 
 /// A record is {le16 tag, le64 value}, packed.
@@ -17,7 +16,7 @@ const RECORD_BYTES: usize = 10;
 /// The most bytes of statistics that are read; stock drivers send 160.
 const MAX_STATS_BYTES: u64 = 4096;
 /// Buffers taken in one turn. A driver has one; a second gives the first back.
-const MAX_BUFFERS_PER_TURN: u32 = 16;
+const MAX_CHAINS_PER_TURN: u32 = 16;
 
 /// The last answer, and who waits for the next.
 #[derive(Debug, Default)]
@@ -148,9 +147,9 @@ impl StatsBoard {
 
 /// Takes what the stats queue has; true if there is more.
 pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingError> {
-    let mut segments = 0;
-    for _ in 0..MAX_BUFFERS_PER_TURN {
-        if segments >= MAX_ENTRIES_PER_TURN {
+    let mut buffers = 0;
+    for _ in 0..MAX_CHAINS_PER_TURN {
+        if buffers >= super::MAX_BUFFERS_PER_TURN {
             break;
         }
         let memory = turn.balloon.memory();
@@ -161,7 +160,7 @@ pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, Ri
             }
             continue;
         }
-        segments += chain.segments();
+        buffers += chain.buffers();
         let (values, understood) = parse(chain, memory);
         turn.books.enter(|entry| {
             let device = entry.device();
@@ -171,7 +170,10 @@ pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, Ri
         // The newest buffer is the one that is held.
         turn.stats.request(source);
         *turn.stats.held.lock() = Some(chain.token);
-        turn.stats.post(values);
+        // What makes no sense is no answer: the last good one stays.
+        if understood {
+            turn.stats.post(values);
+        }
     }
     Ok(true)
 }
@@ -195,4 +197,47 @@ fn parse(chain: &Chain, memory: &GuestMemory) -> ([Option<u64>; STATS_TAGS], boo
     let understood =
         whole && length.is_multiple_of(RECORD_BYTES as u64) && chain.writable.is_empty();
     (values, understood)
+}
+
+#[cfg(all(test, loom))]
+mod tests {
+    use super::*;
+    use loom::sync::Arc;
+    use loom::thread;
+
+    /// Without a deadline: whoever is not woken sleeps for ever, which loom finds.
+    fn ask(board: &StatsBoard, mark: Mark) -> Option<GuestStats> {
+        board.wait_behind(mark, Duration::MAX)
+    }
+
+    #[test]
+    fn an_answer_wakes_all_who_wait() {
+        loom::model(|| {
+            let board = Arc::new(StatsBoard::default());
+            let mark = board.mark();
+            let other = Arc::clone(&board);
+            let other = thread::spawn(move || ask(&other, mark).unwrap().sequence);
+            let poster = Arc::clone(&board);
+            let poster = thread::spawn(move || poster.post([Some(1); STATS_TAGS]));
+            assert_eq!(ask(&board, mark).unwrap().sequence, 1);
+            assert_eq!(other.join().unwrap(), 1);
+            poster.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_reset_ends_the_wait_or_the_answer_came_before() {
+        loom::model(|| {
+            let board = Arc::new(StatsBoard::default());
+            let mark = board.mark();
+            let gone = Arc::clone(&board);
+            let gone = thread::spawn(move || gone.reset());
+            let poster = Arc::clone(&board);
+            let poster = thread::spawn(move || poster.post([None; STATS_TAGS]));
+            let answer = ask(&board, mark);
+            assert!(answer.is_none_or(|answer| answer.sequence == 1));
+            gone.join().unwrap();
+            poster.join().unwrap();
+        });
+    }
 }

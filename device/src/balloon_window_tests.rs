@@ -1,0 +1,171 @@
+//! Write-behind: what waits, what is flushed, and that nothing is discarded once it was taken back.
+
+use super::tests::{Guest, guest, huge, range};
+use super::*;
+use crate::discard::WriteBehind;
+use crate::runtime::{Runtime, RuntimeConfig};
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+const LIMIT: WriteBehind = WriteBehind {
+    limit_bytes: 1 << 20,
+    delay: Duration::from_secs(3600),
+};
+
+/// A guest with an open window, whose flushes a worker carries out.
+fn windowed(change: impl Fn(&mut Region)) -> (Guest, Arc<Books>, Arc<Runtime>) {
+    let runtime = Runtime::new(&RuntimeConfig {
+        workers_per_node: 1,
+    })
+    .unwrap();
+    let mut guest = guest(change);
+    guest.balloon = Balloon::new(Arc::clone(guest.balloon.memory()), runtime.discarder());
+    let books = Arc::new(Books::new(1));
+    guest.balloon.set_write_behind(LIMIT, &books);
+    (guest, books, runtime)
+}
+
+fn flow(books: &Books) -> Flow {
+    let total = books.total();
+    assert!(total.balloon.balances(), "{total:?}");
+    total.balloon
+}
+
+#[test]
+fn pages_wait_until_the_limit_and_go_in_one_call() {
+    let (mut guest, books, _runtime) = windowed(|_| ());
+    // Every second page, then those between: one run in the end.
+    for start in [512, 513] {
+        let pages: Vec<_> = (0..128).map(|page| range(start + 2 * page, 1)).collect();
+        guest.balloon.give(&pages, 0, &books);
+        guest.balloon.flush_if_due(false, &books, || ());
+    }
+    guest.balloon.drain(&books);
+    assert_eq!(flow(&books).discarded_bytes, 256 * 4096);
+    assert_eq!(
+        (books.total().discard_calls, books.total().discard_ranges),
+        (1, 1)
+    );
+    assert_eq!(guest.host_pages(), 2048 - 256);
+}
+
+#[test]
+fn below_the_limit_nothing_is_freed_and_all_is_pending() {
+    let (mut guest, books, _runtime) = windowed(|_| ());
+    guest.balloon.give(&[range(600, 100)], 0, &books);
+    guest.balloon.flush_if_due(false, &books, || ());
+    assert_eq!(flow(&books).pending_bytes, 100 * 4096);
+    assert_eq!(guest.host_pages(), 2048);
+    guest.balloon.take(&[range(610, 20)], 0, &books);
+    let after = flow(&books);
+    assert_eq!(
+        (after.pending_bytes, after.withdrawn_bytes),
+        (80 * 4096, 20 * 4096)
+    );
+    guest.balloon.flush_if_due(true, &books, || ());
+    guest.balloon.drain(&books);
+    assert_eq!(flow(&books).discarded_bytes, 80 * 4096);
+    assert_eq!(guest.host_pages(), 2048 - 80);
+}
+
+#[test]
+fn small_gaps_that_are_empty_already_are_bridged() {
+    let (mut guest, books, _runtime) = windowed(|_| ());
+    guest.balloon.give(&[range(600, 4)], 0, &books);
+    guest.balloon.drain(&books);
+    guest
+        .balloon
+        .give(&[range(590, 10), range(604, 10), range(700, 1)], 0, &books);
+    guest.balloon.drain(&books);
+    assert_eq!(flow(&books).discarded_bytes, 25 * 4096);
+    assert_eq!(books.total().discard_ranges, 1 + 2);
+}
+
+#[test]
+fn a_frame_that_waits_is_held_again_when_a_page_is_taken() {
+    let (mut guest, books, _runtime) = windowed(huge);
+    guest.balloon.give(&[range(512, 1024)], 0, &books);
+    assert_eq!(flow(&books).pending_bytes, 1024 * 4096);
+    guest.balloon.take(&[range(700, 12)], 0, &books);
+    let after = flow(&books);
+    assert_eq!(after.pending_bytes, 512 * 4096);
+    assert_eq!(
+        (after.held_bytes, after.withdrawn_bytes),
+        (500 * 4096, 12 * 4096)
+    );
+    guest.balloon.drain(&books);
+    assert_eq!(guest.host_pages(), 2048 - 512);
+}
+
+#[test]
+fn inhibiting_discards_what_was_acknowledged_before_and_nothing_after() {
+    let (mut guest, books, _runtime) = windowed(|_| ());
+    guest.balloon.give(&[range(600, 10)], 0, &books);
+    guest.balloon.set_inhibited(true, &books);
+    guest.balloon.give(&[range(700, 10)], 0, &books);
+    guest.balloon.drain(&books);
+    let after = flow(&books);
+    assert_eq!(
+        (after.discarded_bytes, after.skipped_inhibited_bytes),
+        (40960, 40960)
+    );
+    assert_eq!(guest.host_pages(), 2048 - 10);
+}
+
+#[test]
+fn reset_gives_waiting_pages_back_untouched() {
+    let (mut guest, books, _runtime) = windowed(|_| ());
+    guest.balloon.give(&[range(600, 10)], 0, &books);
+    guest.balloon.reset(&books);
+    guest.balloon.drain(&books);
+    let after = flow(&books);
+    assert_eq!((after.withdrawn_bytes, after.pending_bytes), (40960, 0));
+    assert_eq!(guest.host_pages(), 2048);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    /// I1 and I4 with flushes under way: what the guest wrote to pages it owns stays, in frames too.
+    #[test]
+    fn pages_taken_back_keep_what_the_guest_writes(
+        frames: bool,
+        steps in prop::collection::vec((0u8..4, 512u64..2560, 1u64..900), 1..40),
+    ) {
+        let (mut guest, books, _runtime) = windowed(|region| if frames { huge(region) });
+        let mut ballooned = BTreeSet::new();
+        let mut written: BTreeMap<u64, u8> = BTreeMap::new();
+        for (number, (action, start, pages)) in steps.into_iter().enumerate() {
+            let run = range(start, pages.min(2560 - start));
+            match action {
+                0 | 1 => {
+                    guest.balloon.give(&[run], 0, &books);
+                    for page in run.start.0..run.end.0 {
+                        ballooned.insert(page);
+                        written.remove(&page);
+                    }
+                    guest.balloon.flush_if_due(action == 1, &books, || ());
+                }
+                2 => {
+                    guest.balloon.take(&[run], 0, &books);
+                    // The acknowledgement: from here on the guest uses its pages.
+                    for page in run.start.0..run.end.0 {
+                        if ballooned.remove(&page) {
+                            guest.write(page, number as u8 + 1);
+                            written.insert(page, number as u8 + 1);
+                        }
+                    }
+                }
+                _ => guest.balloon.drain(&books),
+            }
+            flow(&books);
+            prop_assert_eq!(guest.balloon.ballooned_bytes(), ballooned.len() as u64 * 4096);
+        }
+        guest.balloon.drain(&books);
+        prop_assert_eq!(flow(&books).pending_bytes, 0);
+        for (page, value) in written {
+            prop_assert_eq!(guest.read(page), value, "page {}", page);
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! What hostile scripts brought to light, one test each.
+
+use aerostat_fuzz::device::play;
+use aerostat_fuzz::script::{Address, Layout, Length, Script, Segment, Segments, Step};
+
+const STATS_AND_REPORTING: u8 = 0b101;
+
+fn offer(queue: u8, address: Address, writable: bool) -> Step {
+    let length = Length::Pages(1);
+    let segment = Segment {
+        address,
+        length,
+        writable,
+        odd: 0,
+    };
+    Step::Offer {
+        queue,
+        segments: Segments(vec![segment]),
+        indirect: false,
+    }
+}
+
+fn script(steps: Vec<Step>) -> Script {
+    Script {
+        features: STATS_AND_REPORTING,
+        queues: 0b1111,
+        sizes: [3; 5],
+        steps,
+    }
+}
+
+/// While the first of densely numbered queues is stopped, the numbers read as fixed ones, and the
+/// reporting queue has no role: its kick must not be lost when all queues are there again.
+#[test]
+fn a_kick_during_the_restart_of_another_queue_is_not_lost() {
+    for layout in [Layout::Split, Layout::Packed] {
+        let counters = play(
+            &script(vec![
+                Step::Stop(0),
+                offer(3, Address::Buffer(3), true),
+                Step::Kick(3),
+                Step::Start(0),
+            ]),
+            layout,
+        );
+        assert_eq!(counters.report_chains, 1, "{layout:?}");
+        assert_eq!(counters.report.discarded_bytes, 4096, "{layout:?}");
+    }
+}
+
+/// ROM may be mapped without the right to write: a used ring there ended the process.
+#[test]
+fn a_ring_in_rom_is_refused() {
+    // The pages of ROM among the interesting ones: behind 56 others.
+    let rom = Address::Page(56);
+    assert_eq!(rom.gpa(), 0x90_000);
+    let steps = |places| {
+        vec![
+            Step::Stop(0),
+            Step::StartAt(0, places),
+            offer(0, Address::Buffer(0), false),
+            Step::Kick(0),
+        ]
+    };
+    let here = Address::Page(0);
+    for layout in [Layout::Split, Layout::Packed] {
+        for places in [[here, here, rom], [rom, here, here]] {
+            play(&script(steps(places)), layout);
+        }
+    }
+}
