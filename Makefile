@@ -10,7 +10,7 @@ all: build
 help:
 	@echo 'make demo    boot a real guest, inflate, deflate, show what the host got (GUEST=synthetic: no real guest)'
 	@echo 'make test    everything: lints, unit tests, C programs, test VMM, real guests'
-	@echo 'make check   lints only: formatting, clippy, documentation, generated header'
+	@echo 'make check   lints only: formatting, clippy, documentation'
 	@echo 'make fuzz    fuzz every target for FUZZ_SECONDS (60), TARGETS="split abi" some of them'
 	@echo 'make loom    models of the protocols between threads, in every order of threads'
 	@echo 'make bench   discard benchmarks against the per-page rival'
@@ -48,9 +48,9 @@ demo: build
 	target/release/aerostat-demo --guest $(GUEST) --out target/demo
 
 bench: build
-	$(CARGO) bench -p aerostat-tests --bench discard
+	$(CARGO) bench --workspace --exclude aerostat-fuzz --bench discard
 
-header:
+header: setup
 	AEROSTAT_WRITE_HEADER=1 $(CARGO) test -p aerostat-ffi --test header
 
 clean:

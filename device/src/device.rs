@@ -208,7 +208,8 @@ impl Device {
 
     /// Gives or replaces the memory table; allowed in every state. Waits until nothing is in flight
     /// and no use of the old table is left. Running rings have to lie in the new table too. Balloon
-    /// pages of regions that went away are forgotten.
+    /// pages of regions that went away are forgotten, and a target that is more than the guest has
+    /// is shown to it as all that it has.
     ///
     /// # Errors
     /// Refuses a table that does not hold a running queue's rings; the old table stays then.
@@ -227,6 +228,11 @@ impl Device {
             }
         }
         self.shared.show(&service);
+        let before = self.target_bytes();
+        self.shared.show_target();
+        if self.target_bytes() != before {
+            self.shared.signal_config();
+        }
         Ok(())
     }
 
@@ -421,10 +427,12 @@ impl Device {
         }
         let pages =
             u32::try_from(bytes >> BALLOON_PAGE_SHIFT).map_err(|_| invalid("less than 16 TiB"))?;
-        self.shared.config.set_num_pages(pages);
+        let target = u64::from(pages) << BALLOON_PAGE_SHIFT;
+        self.shared.wanted_bytes.store(target, Ordering::Release);
+        self.shared.show_target();
         self.shared.record(HistoryEvent::TargetSet);
         self.shared.signal_config();
-        Ok(u64::from(pages) << BALLOON_PAGE_SHIFT)
+        Ok(target)
     }
 
     /// How many bytes the balloon should hold.

@@ -8,10 +8,11 @@ use crate::balloon::{bump, in_regions};
 use crate::device::{Device, DeviceState, QueuePosition};
 use crate::error::{Error, Result};
 use crate::history::HistoryEvent;
-use crate::memory::GuestMemory;
+use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory};
 use crate::pages::ownership::Ownership;
-use crate::protocol::virtio_balloon::{Features, QUEUES};
+use crate::protocol::virtio_balloon::{Features, QUEUES, SavedConfig};
 use crate::saved_state::{self, Runs, SavedQueue, SavedState};
+use std::sync::atomic::Ordering;
 
 impl Device {
     /// The device as bytes, for [`Self::restore`] by another process or host. Allowed in every state; of
@@ -30,11 +31,16 @@ impl Device {
         }
         let held = shared.stats.held();
         let queues = service.saved_queues(held);
+        let wanted = shared.wanted_bytes.load(Ordering::Acquire);
         let state = SavedState {
             state: service.state,
             offered: shared.offered.bits(),
             negotiated: service.features.map(|features| features.bits()),
-            config: shared.config.save(),
+            config: SavedConfig {
+                // What was asked for, which may be more than this guest's memory can give.
+                num_pages: u32::try_from(wanted >> BALLOON_PAGE_SHIFT).unwrap_or(u32::MAX),
+                ..shared.config.save()
+            },
             hint_id: shared.hints.id(),
             queues,
         };
@@ -100,6 +106,9 @@ impl Device {
         }
         shared.hints.restore(&shared.config, saved.hint_id);
         shared.show(&service);
+        let wanted = u64::from(saved.config.num_pages) << BALLOON_PAGE_SHIFT;
+        shared.wanted_bytes.store(wanted, Ordering::Release);
+        shared.show_target();
         shared.record(HistoryEvent::Restored);
         drop(service);
         shared.signal_config();
@@ -135,7 +144,7 @@ fn own(memory: &GuestMemory, runs: Runs<'_>) -> Result<Ownership> {
         if lost > 0 {
             return Err(Error::OutOfRange {
                 what: "a run of ballooned pages in the saved state",
-                address: run.start.0 << crate::memory::BALLOON_PAGE_SHIFT,
+                address: run.start.0 << BALLOON_PAGE_SHIFT,
                 len: run.bytes(),
             });
         }

@@ -84,6 +84,8 @@ pub(crate) struct Shared {
     state: AtomicU8,
     pub(crate) features: AtomicU64,
     pub(crate) memory_bytes: AtomicU64,
+    /// The target as it was set, which may be more than the guest's memory turns out to be.
+    pub(crate) wanted_bytes: AtomicU64,
     pub(crate) ballooned_bytes: AtomicU64,
 }
 
@@ -218,11 +220,8 @@ impl Service {
 
     /// The started queue that has `role`, and its index.
     fn queue_of(&mut self, role: Role, started: u32) -> Option<(u16, &mut Queue)> {
-        let features = self.features?;
-        let index = (0..QUEUES).find(|index| {
-            started & (1 << index) != 0 && role_of(*index, features, started) == Some(role)
-        })?;
-        Some((index, self.queues.get_mut(usize::from(index))?.as_mut()?))
+        let index = index_of(role, self.features?, started)?;
+        Some((index, self.queue(index)?))
     }
 
     /// Serves the kicked queues for one turn; returns those that have more.
@@ -233,24 +232,25 @@ impl Service {
         scratch: &mut Scratch,
     ) -> Result<u32, RingError> {
         let started = self.started();
-        let Some(mut balloon) = self.balloon.take() else {
+        let Self {
+            balloon: Some(balloon),
+            features: Some(features),
+            queues,
+            ..
+        } = self
+        else {
             return Ok(0);
         };
         let mut turn = Turn {
-            balloon: &mut balloon,
+            balloon,
             scratch,
             books: &shared.books,
             stats: &shared.stats,
             hints: &shared.hints,
             config: &shared.config,
-            refusal: self
-                .features
-                .is_some_and(|f| f.contains(Features::PAGE_REFUSAL)),
+            refusal: features.contains(Features::PAGE_REFUSAL),
             ballooned_bytes: &shared.ballooned_bytes,
-            poisoned: shared.config.poison_val() != 0
-                && self
-                    .features
-                    .is_some_and(|f| f.contains(Features::PAGE_POISON)),
+            poisoned: shared.config.poison_val() != 0 && features.contains(Features::PAGE_POISON),
         };
         let mut more = Ok(0);
         for role in [
@@ -260,7 +260,10 @@ impl Service {
             Role::Hints,
             Role::Reporting,
         ] {
-            let Some((index, queue)) = self.queue_of(role, started) else {
+            let Some(index) = index_of(role, *features, started) else {
+                continue;
+            };
+            let Some(Some(queue)) = queues.get_mut(usize::from(index)) else {
                 continue;
             };
             if role == Role::Stats && kicks & Shared::STATS_REQUEST != 0 {
@@ -286,9 +289,15 @@ impl Service {
                 }
             }
         }
-        self.balloon = Some(balloon);
         more
     }
+}
+
+/// The started queue that has `role`.
+fn index_of(role: Role, features: Features, started: u32) -> Option<u16> {
+    (0..QUEUES).find(|index| {
+        started & (1 << index) != 0 && role_of(*index, features, started) == Some(role)
+    })
 }
 
 impl Shared {
@@ -338,6 +347,7 @@ impl Shared {
             state: AtomicU8::new(DeviceState::Configuring as u8),
             features: AtomicU64::new(0),
             memory_bytes: AtomicU64::new(0),
+            wanted_bytes: AtomicU64::new(0),
             ballooned_bytes: AtomicU64::new(0),
         }))
     }
@@ -349,6 +359,18 @@ impl Shared {
             3 => DeviceState::NeedsReset,
             _ => DeviceState::Configuring,
         }
+    }
+
+    /// Shows the driver the target, as far as its memory goes.
+    pub(crate) fn show_target(&self) {
+        let memory = match self.memory_bytes.load(Ordering::Acquire) {
+            0 => u64::MAX,
+            memory => memory,
+        };
+        let bytes = self.wanted_bytes.load(Ordering::Acquire).min(memory);
+        let pages = bytes >> BALLOON_PAGE_SHIFT;
+        self.config
+            .set_num_pages(u32::try_from(pages).unwrap_or(u32::MAX));
     }
 
     /// Shows the service's state to those who must not wait for it.
@@ -656,6 +678,7 @@ impl Drop for Scheduled<'_> {
             service.state = DeviceState::NeedsReset;
             self.0.show(&service);
             self.0.record(HistoryEvent::NeedsReset);
+            self.0.signal_config();
             self.0.turnstile.release();
         }
     }

@@ -133,9 +133,16 @@ fn eventually<T: Debug>(what: &str, patience: Duration, mut look: impl FnMut() -
 
 fn assert_books_balance(status: &DeviceStatus) {
     let books = &status.counters;
-    let explained =
-        books.discarded_bytes + books.pending_bytes + books.held_bytes + books.skipped_bytes();
-    assert_eq!(books.requested_bytes, explained, "{books:?}");
+    let explained = books.discarded_bytes
+        + books.pending_bytes
+        + books.held_bytes
+        + books.withdrawn_bytes
+        + books.skipped_bytes();
+    assert_eq!(
+        books.requested_bytes + books.reopened_bytes,
+        explained,
+        "{books:?}"
+    );
 }
 
 /// J6 memory below boot size; X1 the target is the ballooned area; S7 the acknowledgement; I4 what

@@ -22,6 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 fn config(elements: bool, backing: Backing) -> Result<GuestConfig> {
     let mut config = GuestConfig::new(backing, 16);
     config.offered = default_features()? | AEROSTAT_FEATURE_PAGE_REFUSAL;
+    config.selected |= AEROSTAT_FEATURE_PAGE_REFUSAL;
     config.elements = elements;
     Ok(config)
 }
@@ -486,6 +487,7 @@ fn deflating_has_no_answer() -> Result<()> {
 fn refusal_can_be_offered_with_packed_rings() -> Result<()> {
     let mut config = config(false, MEMFD)?;
     config.offered |= AEROSTAT_FEATURE_RING_PACKED;
+    config.selected |= AEROSTAT_FEATURE_RING_PACKED;
     let guest = Vmm::new()?.assemble(&config)?;
     let both = AEROSTAT_FEATURE_RING_PACKED | AEROSTAT_FEATURE_PAGE_REFUSAL;
     assert_eq!(guest.negotiate()? & both, both);

@@ -22,6 +22,17 @@ use std::sync::Arc;
 /// `f_type` of hugetlbfs (`HUGETLBFS_MAGIC` in linux/magic.h).
 const HUGETLBFS_MAGIC: i128 = 0x9584_58f6;
 
+/// `f_type` of file systems whose pages come from another process or machine: 9P, Ceph, CIFS, FUSE, NFS,
+/// SMB2. A page of theirs may never come, and the worker that touches it serves other guests, too.
+const REMOTE_MAGICS: [i128; 6] = [
+    0x0102_1997,
+    0x00c3_6400,
+    0xff53_4d42,
+    0x6573_5546,
+    0x6969,
+    0xfe53_4d42,
+];
+
 /// Why a memory table was refused.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MapError {
@@ -29,6 +40,8 @@ pub(crate) enum MapError {
     Range(u64),
     #[error("region at {gpa:#x}: the descriptor is not a regular file (memfd, tmpfs, hugetlbfs)")]
     NotAFile { gpa: u64 },
+    #[error("region at {gpa:#x}: its file system is remote or in user space; use memfd or tmpfs")]
+    Remote { gpa: u64 },
     #[error("region at {gpa:#x} ends at {end:#x} of its file, which has {size:#x} bytes")]
     BeyondFile { gpa: u64, end: u64, size: u64 },
     #[error("region at {gpa:#x} and its offset {offset:#x} in the file are aligned differently")]
@@ -118,6 +131,10 @@ impl Slot {
         let stat = fstat(&file).map_err(|source| MapError::Map { gpa, source })?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(MapError::NotAFile { gpa });
+        }
+        let system = fstatfs(&file).map_err(|source| MapError::Map { gpa, source })?;
+        if REMOTE_MAGICS.contains(&(i128::from(system.f_type) & 0xffff_ffff)) {
+            return Err(MapError::Remote { gpa });
         }
         // Behind the end of its file a mapping is there but touching it kills the process.
         let size = u64::try_from(stat.st_size).unwrap_or(0);

@@ -1,7 +1,7 @@
 //! What hostile scripts brought to light, one test each.
 
 use aerostat_fuzz::device::play;
-use aerostat_fuzz::script::{Address, Layout, Length, Script, Segment, Segments, Step};
+use aerostat_fuzz::script::{Address, Layout, Length, Pages, Script, Segment, Segments, Step};
 
 const STATS_AND_REPORTING: u8 = 0b101;
 
@@ -67,5 +67,52 @@ fn a_ring_in_rom_is_refused() {
         for places in [[here, here, rom], [rom, here, here]] {
             play(&script(steps(places)), layout);
         }
+    }
+}
+
+/// A frame page by page, in every order of giving and taking that fits: the oracles see what is held, what
+/// was discarded and that the guest's own pages are left alone.
+#[test]
+fn frames_fill_up_and_open_again() {
+    let list = |page: u32| Step::List {
+        buffer: 0,
+        pages: Pages(vec![page]),
+    };
+    let send = |queue| {
+        let address = Address::Buffer(0);
+        let length = Length::Numbers(1);
+        let segment = Segment {
+            address,
+            length,
+            writable: false,
+            odd: 0,
+        };
+        Step::Offer {
+            queue,
+            segments: Segments(vec![segment]),
+            indirect: false,
+        }
+    };
+    let mut state = 1u32;
+    for layout in [Layout::Split, Layout::Packed] {
+        let mut steps = Vec::new();
+        for _ in 0..200 {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let queue = u8::from(state >> 29 > 4);
+            steps.extend([
+                list(0x80 + (state >> 20) % 5),
+                send(queue),
+                Step::Kick(queue),
+            ]);
+        }
+        let counters = play(&script(steps), layout);
+        assert!(
+            counters.balloon.reopened_bytes > 0,
+            "{layout:?}: {counters:?}"
+        );
+        assert!(
+            counters.balloon.withdrawn_bytes > 0,
+            "{layout:?}: {counters:?}"
+        );
     }
 }

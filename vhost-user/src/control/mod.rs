@@ -15,6 +15,8 @@ use crate::listener::Listener;
 use crate::vm::Vm;
 use crate::wake::{Wake, is_ready, wait};
 use rustix::event::{PollFd, PollFlags};
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -37,11 +39,6 @@ pub(crate) fn serve(listener: &Listener, vm: &Arc<Vm>, shutdown: &Arc<Wake>) {
     });
     // Each client's thread holds one reference.
     while wait_for_client(listener, &shared) {
-        if Arc::strong_count(&shared) > MAX_CLIENTS {
-            // Those who wait to connect wait on, until one of the others leaves.
-            thread::sleep(Duration::from_millis(100));
-            continue;
-        }
         let stream = match listener.accept() {
             Ok(Some(stream)) => stream,
             Ok(None) => continue,
@@ -51,12 +48,26 @@ pub(crate) fn serve(listener: &Listener, vm: &Arc<Vm>, shutdown: &Arc<Wake>) {
                 continue;
             }
         };
+        if Arc::strong_count(&shared) > MAX_CLIENTS {
+            turn_away(stream);
+            continue;
+        }
         let shared = Arc::clone(&shared);
         let thread = thread::Builder::new().name("client".to_owned());
         if let Err(error) = thread.spawn(move || client::serve(&stream, &shared)) {
             log::error!("{}: no thread for a control client: {error}", vm.name);
         }
     }
+}
+
+/// Tells a client that there are too many, and leaves it. A fresh socket has room for a line.
+fn turn_away(mut stream: UnixStream) {
+    let line = format!(
+        "{{\"error\":{{\"class\":\"GenericError\",\"desc\":\"{MAX_CLIENTS} clients are connected; \
+         close one of them first\"}}}}\r\n"
+    );
+    let _ = stream.set_nonblocking(true);
+    let _ = stream.write_all(line.as_bytes());
 }
 
 /// Waits for a connection; false when the process is to end.
