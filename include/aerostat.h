@@ -38,6 +38,7 @@
  *   aerostat_device_activate()         DRIVER_OK                -> AEROSTAT_STATE_ACTIVE
  *   aerostat_device_set_target()       whenever the balloon should change
  *   aerostat_device_pause(), _resume() the VM stops and goes on <-> AEROSTAT_STATE_PAUSED
+ *   aerostat_device_save(), _restore() the VM goes on elsewhere
  *   aerostat_device_reset()            the driver resets        -> AEROSTAT_STATE_CONFIGURING
  *   aerostat_device_destroy(), aerostat_memory_destroy(), aerostat_runtime_destroy()
  *
@@ -101,6 +102,9 @@
  *   -ENXIO          there is no such host node
  *   -EAGAIN         too many elements wait
  *   -ETIMEDOUT      the guest did not answer in time
+ *   -EBADMSG        bytes are no saved state, or damaged
+ *   -EPROTONOSUPPORT  a saved state has a version that is not known
+ *   -ENOBUFS        a buffer is too short
  *   -EDEADLK        a log callback called what would wait for it
  *   -ENOTRECOVERABLE  the library hit a bug of its own. All later calls on the device return this;
  *                   destroy it. Other devices, and the process, are not affected.
@@ -318,6 +322,26 @@ enum aerostat_hint_state {
     AEROSTAT_HINT_RUNNING = 1,
     /** The guest has sent all its hints, and waits for the end of the round. */
     AEROSTAT_HINT_COMPLETE = 2,
+};
+
+/** What an entry of the history tells of. */
+enum aerostat_history_event {
+    /** aerostat_device_set_target(), maybe with the same target. */
+    AEROSTAT_HISTORY_TARGET_SET = 1,
+    /** The driver wrote how much it holds. */
+    AEROSTAT_HISTORY_ACTUAL_WRITTEN = 2,
+    /** The device was reset. */
+    AEROSTAT_HISTORY_RESET = 3,
+    /** aerostat_device_inhibit(). */
+    AEROSTAT_HISTORY_INHIBITED = 4,
+    /** aerostat_device_uninhibit(). */
+    AEROSTAT_HISTORY_UNINHIBITED = 5,
+    /** A ring broke: AEROSTAT_STATE_NEEDS_RESET. */
+    AEROSTAT_HISTORY_NEEDS_RESET = 6,
+    /** aerostat_device_restore(). */
+    AEROSTAT_HISTORY_RESTORED = 7,
+    /** aerostat_device_reset_balloon(). */
+    AEROSTAT_HISTORY_BALLOON_RESET = 8,
 };
 
 /** How much a log message matters. */
@@ -668,6 +692,27 @@ struct aerostat_counters {
     uint64_t host_reset_bytes;
     /** 0. */
     uint64_t reserved[2];
+};
+
+/** A balloon at the moment of a change. This structure has a fixed length. */
+struct aerostat_history_entry {
+    /**
+     * Its number: 1 for the first, always growing. Missing numbers were dropped, or were values of
+     * `actual` that another one followed within 100 ms.
+     */
+    uint64_t sequence;
+    /** When it happened: CLOCK_MONOTONIC in nanoseconds. */
+    uint64_t monotonic_ns;
+    /** Bytes that the balloon should hold. */
+    uint64_t target_bytes;
+    /** Bytes that the driver says it holds. */
+    uint64_t actual_bytes;
+    /** Bytes that it holds by the device's own count. */
+    uint64_t ballooned_bytes;
+    /** An enum aerostat_history_event; later versions may have more. */
+    uint32_t event;
+    /** 0. */
+    uint32_t reserved;
 };
 
 /** The version of this header, to compare with aerostat_version(). */
@@ -1340,6 +1385,83 @@ int aerostat_device_counters(const struct aerostat_device *device,
 int aerostat_device_node_counters(const struct aerostat_device *device,
                                   int32_t node,
                                   struct aerostat_counters *out);
+
+/**
+ * Tells what happened with the balloon behind entry number since (0: all there is), oldest first
+ * (requirement A9). Up to 1024 entries are kept; the oldest are dropped, which their numbers show. To
+ * follow, pass the last entry's sequence the next time.
+ *
+ * Returns: how many entries were stored in out, or -EFAULT (device is NULL, or out is NULL and max is
+ * not 0).
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_history(const struct aerostat_device *device,
+                            uint64_t since,
+                            struct aerostat_history_entry *out,
+                            size_t max);
+
+/**
+ * Saves a device: for live migration, a snapshot, or an update of the VMM (requirement S13). The
+ * bytes are little-endian, carry a version, and are specified in docs/saved-state.md.
+ *
+ * Allowed in every state. Save a paused device, or the guest is ahead of what was saved. Waits until
+ * nothing is in flight; a held stats buffer counts as not taken. Not in the state are inhibits, the
+ * books, guest statistics and their interval, and elements without a completion: those are the VMM's
+ * (aerostat_device_stop_queue() hands a stats element back that the device holds).
+ *
+ * With buf NULL and len 0 only the size is told. It may change as long as the device is not paused.
+ *
+ * Returns: 0, with the size in *needed_bytes, or
+ * -ENOBUFS (len is less than that; *needed_bytes tells it, and buf is as it was),
+ * -EFAULT (device or needed_bytes is NULL, or buf is NULL and len is not 0).
+ *
+ * Threads: any; may wait for milliseconds.
+ */
+int aerostat_device_save(struct aerostat_device *device,
+                         void *buf,
+                         size_t len,
+                         size_t *needed_bytes);
+
+/**
+ * Goes on with a device that aerostat_device_save() saved: takes over features, target, configuration
+ * space and balloon. The device has to be in AEROSTAT_STATE_CONFIGURING, with its memory set and no
+ * queue started.
+ *
+ * Then start the queues where aerostat_device_saved_position() says, and activate. config_fd is
+ * signalled. If the saved device needed a reset, this one is in AEROSTAT_STATE_NEEDS_RESET at once. A
+ * round of free page hints that was running is done. Nothing is discarded: on a new host nothing of
+ * the balloon is allocated, unless the VMM copied it.
+ *
+ * The bytes may come from anybody: they are checked in full before anything is changed.
+ *
+ * Returns: 0, or
+ * -EBADMSG (not a saved state, or damaged),
+ * -EPROTONOSUPPORT (its version is not known),
+ * -ENOTSUP (the guest selected features that this device does not offer),
+ * -ERANGE (pages of its balloon are not in this device's memory),
+ * -EALREADY (the device is active, paused or broken, or has started queues),
+ * -ENOTCONN (no memory is set),
+ * -EFAULT (a pointer is NULL).
+ *
+ * Threads: any; may wait for milliseconds.
+ */
+int aerostat_device_restore(struct aerostat_device *device,
+                            const void *buf,
+                            size_t len);
+
+/**
+ * Tells where a ring goes on that was started in the device that aerostat_device_restore() took over:
+ * next_avail and next_used for aerostat_device_start_queue().
+ *
+ * Returns: 0 and the position in *out, or -ENOENT (nothing was restored since the last reset, or the
+ * queue was not started as a ring), -EMSGSIZE or -EFAULT (out; device is NULL).
+ *
+ * Threads: any; may wait for milliseconds.
+ */
+int aerostat_device_saved_position(const struct aerostat_device *device,
+                                   uint32_t index,
+                                   struct aerostat_queue_position *out);
 
 #ifdef __cplusplus
 }  // extern "C"

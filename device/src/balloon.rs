@@ -269,6 +269,16 @@ impl Balloon {
         self.replace(Arc::clone(&self.memory), empty, books);
     }
 
+    /// Calls `each` for every run of pages in the balloon, in ascending order.
+    pub(crate) fn runs(&self, each: impl FnMut(PfnRange)) {
+        self.ownership.runs(each);
+    }
+
+    /// Goes on with the balloon of a saved device, whose pages are all in this memory.
+    pub(crate) fn restore(&mut self, ownership: Ownership, books: &Books) {
+        self.replace(Arc::clone(&self.memory), ownership, books);
+    }
+
     /// Goes on with another memory table. What is in the balloon stays in it where the new table
     /// still has the page, and is forgotten where it has not.
     pub(crate) fn set_memory(&mut self, memory: Arc<GuestMemory>, books: &Books) {

@@ -11,6 +11,7 @@ use crate::balloon::{Balloon, bump};
 use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
 use crate::event::EventFd;
+use crate::history::{History, HistoryEntry, HistoryEvent};
 use crate::memory::{BALLOON_PAGE_SHIFT, Gpa, GuestMemory, NodeId, PfnRange};
 use crate::metrics::{Counters, GuestStats};
 use crate::protocol::virtio_balloon::{Features, HintState, MAX_ROUND, StatsBoard};
@@ -108,7 +109,7 @@ pub enum DeviceState {
 pub struct Device {
     /// Dropped first: then the timer wakes nobody any more.
     _timer: KickRegistration,
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     runtime: Arc<Runtime>,
 }
 
@@ -130,6 +131,18 @@ impl Device {
     /// # Errors
     /// Refuses features that cannot be offered and descriptors that are no eventfds.
     pub fn new(runtime: &Arc<Runtime>, config: DeviceConfig) -> Result<Self> {
+        Self::with_history(runtime, config, History::new())
+    }
+
+    /// As [`Self::new`], for a balloon whose history began with an earlier device.
+    ///
+    /// # Errors
+    /// As for [`Self::new`].
+    pub fn with_history(
+        runtime: &Arc<Runtime>,
+        config: DeviceConfig,
+        history: Arc<History>,
+    ) -> Result<Self> {
         let unsupported = config.features & !Self::SUPPORTED_FEATURES;
         if unsupported != 0 {
             return Err(Error::Features {
@@ -144,7 +157,7 @@ impl Device {
         let event = |what, fd: Option<OwnedFd>| fd.map(|fd| EventFd::new(what, fd)).transpose();
         let config_event = event("config_event", config.config_event)?;
         let completion_event = event("completion_event", config.completion_event)?.map(Arc::new);
-        let shared = Shared::new(runtime, offered, config_event, completion_event)?;
+        let shared = Shared::new(runtime, offered, config_event, completion_event, history)?;
         let device: Weak<dyn Servable> =
             Arc::downgrade(&(Arc::clone(&shared) as Arc<dyn Servable>));
         let home = runtime.pool().station_of(None);
@@ -277,6 +290,10 @@ impl Device {
         service.open_window(&self.shared.books);
         self.shared.set_state(&mut service, DeviceState::Active);
         self.shared.schedule(service.started());
+        if service.restored.is_some() {
+            // An interrupt may have been lost on the way, and a round of hints has ended.
+            self.shared.signal_config();
+        }
         Ok(())
     }
 
@@ -331,6 +348,8 @@ impl Device {
     pub fn inhibit(&self) {
         let mut service = self.shared.service.lock();
         service.change_inhibits(1, &self.shared.books);
+        drop(service);
+        self.shared.record(HistoryEvent::Inhibited);
     }
 
     /// Takes back one [`Self::inhibit`].
@@ -343,6 +362,7 @@ impl Device {
             return Err(Error::Unbalanced("uninhibit"));
         }
         service.change_inhibits(-1, &self.shared.books);
+        self.shared.record(HistoryEvent::Uninhibited);
         Ok(())
     }
 
@@ -378,6 +398,9 @@ impl Device {
                 .books
                 .enter(|entry| bump(&mut entry.device().config_errors, 1));
         }
+        if written.actual_changed {
+            self.shared.record(HistoryEvent::ActualWritten);
+        }
         if written.acknowledged_resets > 0 {
             self.shared.books.enter(|entry| {
                 let acknowledged = &mut entry.device().host_resets_acknowledged;
@@ -407,6 +430,7 @@ impl Device {
         let target = u64::from(pages) << BALLOON_PAGE_SHIFT;
         self.shared.wanted_bytes.store(target, Ordering::Release);
         self.shared.show_target();
+        self.shared.record(HistoryEvent::TargetSet);
         self.shared.signal_config();
         Ok(target)
     }
@@ -531,6 +555,13 @@ impl Device {
         }
         let negotiated = Features::from_bits_retain(self.features()).contains(feature);
         negotiated.then_some(()).ok_or(Error::NotSupported(name))
+    }
+
+    /// What happened behind entry number `since` of the history, oldest first, at most `max` entries
+    /// (A9). Never waits for a batch.
+    #[must_use]
+    pub fn history(&self, since: u64, max: usize) -> Vec<HistoryEntry> {
+        self.shared.history.since(since, max)
     }
 
     /// The device's books, as of one instant.

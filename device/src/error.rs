@@ -122,6 +122,22 @@ pub enum Error {
     /// The submission queue is full (`EAGAIN`).
     #[error("{0} elements are waiting already; collect completions first")]
     Full(usize),
+    /// Bytes that are no saved state, or a damaged one (`EBADMSG`).
+    #[error("not a saved state that can be used: {what} (byte {offset})")]
+    SavedState {
+        /// What is wrong with it.
+        what: &'static str,
+        /// Where that is.
+        offset: usize,
+    },
+    /// A saved state in a version of the format that is not known (`EPROTONOSUPPORT`).
+    #[error("the saved state has version {found}; this library reads version {known}")]
+    SavedVersion {
+        /// The state's version.
+        found: u32,
+        /// What this library reads and writes.
+        known: u32,
+    },
     /// The operating system refused something (its own errno).
     #[error("{what}")]
     Os {
@@ -153,6 +169,8 @@ impl Error {
             Self::NoNode { .. } => libc::ENXIO,
             Self::TimedOut { .. } => libc::ETIMEDOUT,
             Self::Full(_) => libc::EAGAIN,
+            Self::SavedState { .. } => libc::EBADMSG,
+            Self::SavedVersion { .. } => libc::EPROTONOSUPPORT,
             Self::Os { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         }
     }

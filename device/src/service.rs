@@ -7,6 +7,7 @@ use crate::device::{DeviceState, QueueConfig, QueuePosition};
 use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
 use crate::event::{EventFd, check_eventfd};
+use crate::history::{History, HistoryEvent};
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory};
 use crate::metrics::Books;
 use crate::protocol::virtio_balloon::{
@@ -15,6 +16,7 @@ use crate::protocol::virtio_balloon::{
 use crate::ring::source::{Completion, Element, ElementQueue, RingQueue, Source};
 use crate::ring::{Ring, RingError, RingFeatures};
 use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable, Timer};
+use crate::saved_state::SavedQueue;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -46,6 +48,8 @@ pub(crate) struct Service {
     pub(crate) features: Option<Features>,
     pub(crate) balloon: Option<Balloon>,
     pub(crate) inhibits: u32,
+    /// Where rings go on, if the device was restored since its last reset.
+    pub(crate) restored: Option<[Option<QueuePosition>; QUEUES as usize]>,
     pub(crate) write_behind: WriteBehind,
     queues: [Option<Queue>; QUEUES as usize],
 }
@@ -61,6 +65,7 @@ pub(crate) struct Shared {
     pub(crate) books: Arc<Books>,
     pub(crate) stats: StatsBoard,
     pub(crate) hints: HintBoard,
+    pub(crate) history: Arc<History>,
     /// When pages that wait to be discarded are due.
     flush_due: Mutex<Option<Instant>>,
     /// Locked from when it is found out what is due next until it is set so.
@@ -192,6 +197,27 @@ impl Service {
         }
     }
 
+    /// The queues as they are saved; `held` is the stats buffer, which counts as not taken.
+    pub(crate) fn saved_queues(
+        &mut self,
+        held: Option<u64>,
+    ) -> [Option<SavedQueue>; QUEUES as usize] {
+        let started = self.started();
+        let stats = self.queue_of(Role::Stats, started).map(|(index, _)| index);
+        let mut saved = [None; QUEUES as usize];
+        for ((slot, queue), index) in saved.iter_mut().zip(&self.queues).zip(0..) {
+            let held = held.filter(|_| stats == Some(index));
+            *slot = queue.as_ref().map(|queue| match &queue.source {
+                Source::Ring(queue) => {
+                    let position = queue.ring.position_before(held);
+                    SavedQueue::Ring { position }
+                }
+                Source::Elements(_) => SavedQueue::Elements,
+            });
+        }
+        saved
+    }
+
     /// The started queue that has `role`, and its index.
     fn queue_of(&mut self, role: Role, started: u32) -> Option<(u16, &mut Queue)> {
         let index = index_of(role, self.features?, started)?;
@@ -287,6 +313,7 @@ impl Shared {
         offered: Features,
         config_event: Option<EventFd>,
         completion_event: Option<Arc<EventFd>>,
+        history: Arc<History>,
     ) -> Result<Arc<Self>> {
         let timer = Timer::new()?;
         let service = Service {
@@ -294,6 +321,7 @@ impl Shared {
             features: None,
             balloon: None,
             inhibits: 0,
+            restored: None,
             write_behind: WriteBehind::default(),
             queues: [const { None }; QUEUES as usize],
         };
@@ -306,6 +334,7 @@ impl Shared {
             books: Arc::new(Books::new(usize::try_from(runtime.nodes()).unwrap_or(1))),
             stats: StatsBoard::default(),
             hints: HintBoard::default(),
+            history,
             flush_due: Mutex::new(None),
             timer: Mutex::new(timer),
             service: Mutex::new(service),
@@ -445,6 +474,7 @@ impl Shared {
     }
 
     pub(crate) fn reset(&self, service: &mut Service) {
+        let set_up = service.features.is_some() || self.config.actual() != 0;
         for index in 0..QUEUES {
             // Queues that are not started have nothing to stop.
             let _ = self.stop_queue(service, index);
@@ -455,6 +485,7 @@ impl Shared {
             .enter(|entry| bump(&mut entry.device().host_resets_acknowledged, ended));
         self.hints.reset(&self.config);
         service.features = None;
+        service.restored = None;
         service.state = DeviceState::Configuring;
         if let Some(balloon) = &mut service.balloon {
             balloon.reset(&self.books);
@@ -462,6 +493,9 @@ impl Shared {
         service.open_window(&self.books);
         self.turnstile.forget();
         self.show(service);
+        if set_up {
+            self.record(HistoryEvent::Reset);
+        }
     }
 
     pub(crate) fn submit(&self, elements: Vec<Element>) -> Result<()> {
@@ -627,6 +661,7 @@ impl Shared {
         self.tend_window(&mut service);
         self.show(&service);
         if service.state == DeviceState::NeedsReset {
+            self.record(HistoryEvent::NeedsReset);
             self.signal_config();
         }
         more
@@ -642,6 +677,7 @@ impl Drop for Scheduled<'_> {
             let mut service = self.0.service.lock();
             service.state = DeviceState::NeedsReset;
             self.0.show(&service);
+            self.0.record(HistoryEvent::NeedsReset);
             self.0.signal_config();
             self.0.turnstile.release();
         }

@@ -188,6 +188,7 @@ static void no_device(void)
     struct aerostat_element element;
     struct aerostat_completion completion;
     uint64_t features;
+    size_t size;
     memset(&element, 0, sizeof(element));
 
     REFUSED(EFAULT, aerostat_device_state(NULL));
@@ -216,6 +217,10 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_start_hints(NULL, 1));
     REFUSED(EFAULT, aerostat_device_finish_hints(NULL));
     REFUSED(EFAULT, aerostat_device_take_hints(NULL, NULL, 0, NULL));
+    REFUSED(EFAULT, aerostat_device_history(NULL, 0, NULL, 0));
+    REFUSED(EFAULT, aerostat_device_save(NULL, NULL, 0, &size));
+    REFUSED(EFAULT, aerostat_device_restore(NULL, &counters, 8));
+    REFUSED(EFAULT, aerostat_device_saved_position(NULL, 0, &position));
     REFUSED(EFAULT, aerostat_device_counters(NULL, &counters));
     REFUSED(EFAULT, aerostat_device_node_counters(NULL, -1, &counters));
     REFUSED(EFAULT, aerostat_device_submit(NULL, &element, 1));
@@ -377,6 +382,40 @@ static void bad_elements(struct aerostat_device *device)
     too_many_elements(device, &good);
 }
 
+/* Saved states that are none, or not for this device. */
+static void bad_states(struct aerostat_device *device)
+{
+    struct aerostat_queue_position position = AEROSTAT_QUEUE_POSITION_INIT;
+    unsigned char state[4096];
+    size_t size = 0, cut;
+
+    REFUSED(EFAULT, aerostat_device_history(device, 0, NULL, 1));
+    CHECK(aerostat_device_history(device, 0, NULL, 0) == 0);
+    REFUSED(EFAULT, aerostat_device_save(device, state, sizeof(state), NULL));
+    REFUSED(EFAULT, aerostat_device_save(device, NULL, 1, &size));
+    OK(aerostat_device_save(device, NULL, 0, &size));
+    CHECK(size > 0 && size < sizeof(state));
+    REFUSED(ENOBUFS, aerostat_device_save(device, state, size - 1, &size));
+    OK(aerostat_device_save(device, state, sizeof(state), &size));
+    REFUSED(EFAULT, aerostat_device_restore(device, NULL, size));
+    for (cut = 0; cut < size; cut++)
+        CHECK(aerostat_device_restore(device, state, cut) == -EBADMSG);
+    REFUSED(EBADMSG, aerostat_device_restore(device, state, size - 1));
+    state[8]++;
+    REFUSED(EPROTONOSUPPORT, aerostat_device_restore(device, state, size));
+    state[8]--;
+    state[50] ^= 1;
+    REFUSED(EBADMSG, aerostat_device_restore(device, state, size));
+    state[50] ^= 1;
+    REFUSED(ENOENT, aerostat_device_saved_position(device, 0, &position));
+    OK(aerostat_device_restore(device, state, size));
+    REFUSED(ENOENT, aerostat_device_saved_position(device, 0, &position));
+    REFUSED(ENOENT, aerostat_device_saved_position(device, 5, &position));
+    REFUSED(EFAULT, aerostat_device_saved_position(device, 0, NULL));
+    position.size = 1;
+    REFUSED(EMSGSIZE, aerostat_device_saved_position(device, 0, &position));
+}
+
 /* Calls at the wrong time, from making a device to its reset. */
 static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, int memfd)
 {
@@ -411,11 +450,13 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     REFUSED(EFAULT, aerostat_device_set_memory(device, NULL));
     OK(aerostat_device_set_features(device, AEROSTAT_FEATURE_VERSION_1));
     REFUSED(ENOTCONN, aerostat_device_activate(device));
+    REFUSED(ENOTCONN, aerostat_device_restore(device, "AEROSTAT", 8));
     OK(aerostat_device_set_memory(device, memory));
     REFUSED(EINVAL, aerostat_device_set_target(device, RAM_BYTES + PAGE_BYTES));
     REFUSED(ENOTCONN, aerostat_device_submit(device, &element, 1));
     REFUSED(ENOTCONN, aerostat_device_guest_stats(device, 1, &stats));
 
+    bad_states(device);
     ring_new(&ring, guest, 64);
     bad_outputs(device, runtime);
     bad_queues(device, &ring, memfd);
@@ -423,6 +464,7 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     OK(aerostat_device_activate(device));
     bad_elements(device);
     REFUSED(EALREADY, aerostat_device_activate(device));
+    REFUSED(EALREADY, aerostat_device_restore(device, "AEROSTAT", 8));
     REFUSED(EALREADY, aerostat_device_set_features(device, 0));
     REFUSED(EPROTO, aerostat_device_resume(device));
     REFUSED(ERANGE, aerostat_device_set_memory(device, elsewhere));

@@ -38,6 +38,7 @@
  *   aerostat_device_activate()         DRIVER_OK                -> AEROSTAT_STATE_ACTIVE
  *   aerostat_device_set_target()       whenever the balloon should change
  *   aerostat_device_pause(), _resume() the VM stops and goes on <-> AEROSTAT_STATE_PAUSED
+ *   aerostat_device_save(), _restore() the VM goes on elsewhere
  *   aerostat_device_reset()            the driver resets        -> AEROSTAT_STATE_CONFIGURING
  *   aerostat_device_destroy(), aerostat_memory_destroy(), aerostat_runtime_destroy()
  *
@@ -101,6 +102,9 @@
  *   -ENXIO          there is no such host node
  *   -EAGAIN         too many elements wait
  *   -ETIMEDOUT      the guest did not answer in time
+ *   -EBADMSG        bytes are no saved state, or damaged
+ *   -EPROTONOSUPPORT  a saved state has a version that is not known
+ *   -ENOBUFS        a buffer is too short
  *   -EDEADLK        a log callback called what would wait for it
  *   -ENOTRECOVERABLE  the library hit a bug of its own. All later calls on the device return this;
  *                   destroy it. Other devices, and the process, are not affected.

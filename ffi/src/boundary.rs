@@ -37,6 +37,9 @@ pub(crate) enum Refusal {
     /// An earlier call on this handle panicked (`ENOTRECOVERABLE`).
     #[error("an earlier call on this device hit a bug in the library; destroy the device")]
     Poisoned,
+    /// A buffer is too short for what is to go into it (`ENOBUFS`).
+    #[error("the buffer has {len} bytes, {needed} are needed")]
+    NoRoom { len: usize, needed: usize },
     /// A log callback called what would wait for itself (`EDEADLK`).
     #[error("{0} must not be called from a log callback")]
     InsideCallback(&'static str),
@@ -65,6 +68,7 @@ impl Refusal {
             Self::TooLong { .. } | Self::Oversize { .. } => libc::E2BIG,
             Self::BehindFile { .. } => libc::ERANGE,
             Self::NegativeNode(_) => libc::EINVAL,
+            Self::NoRoom { .. } => libc::ENOBUFS,
             Self::Poisoned => libc::ENOTRECOVERABLE,
             Self::InsideCallback(_) => libc::EDEADLK,
             Self::Device(error) => error.errno(),

@@ -58,17 +58,23 @@ mod hints;
 
 mod counters;
 
+mod history;
+
+mod saving;
+
 pub use config_space::*;
 pub use counters::*;
 pub use device::*;
 pub use element::*;
 pub use features::*;
 pub use hints::*;
+pub use history::*;
 pub use last_error::aerostat_last_error;
 pub use log_sink::*;
 pub use memory::*;
 pub use queue::*;
 pub use runtime::*;
+pub use saving::*;
 pub use stats::*;
 pub use target::*;
 pub use version::*;

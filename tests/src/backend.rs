@@ -60,6 +60,7 @@ pub struct Backend {
     program: PathBuf,
     directory: tempfile::TempDir,
     devices: usize,
+    options: &'static [&'static str],
     process: Child,
 }
 
@@ -69,6 +70,18 @@ impl Backend {
     /// # Errors
     /// It is not there, ends at once or does not answer.
     pub fn start(program: &Path, devices: usize) -> Result<Self, BackendError> {
+        Self::start_with(program, devices, &[])
+    }
+
+    /// As [`Self::start`], with further options on the command line.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(
+        program: &Path,
+        devices: usize,
+        options: &'static [&'static str],
+    ) -> Result<Self, BackendError> {
         if !program.is_file() {
             return Err(BackendError::Missing(program.to_owned()));
         }
@@ -76,11 +89,12 @@ impl Backend {
             .prefix("aerostat-backend-")
             .tempdir()
             .map_err(failed("making a directory in", &std::env::temp_dir()))?;
-        let process = spawn(program, directory.path(), devices)?;
+        let process = spawn(program, directory.path(), devices, options)?;
         let mut backend = Self {
             program: program.to_owned(),
             directory,
             devices,
+            options,
             process,
         };
         backend.wait_until_it_answers()?;
@@ -120,7 +134,12 @@ impl Backend {
     /// As [`Self::start`].
     pub fn restart(&mut self) -> Result<(), BackendError> {
         self.kill();
-        self.process = spawn(&self.program, self.directory.path(), self.devices)?;
+        self.process = spawn(
+            &self.program,
+            self.directory.path(),
+            self.devices,
+            self.options,
+        )?;
         self.wait_until_it_answers()
     }
 
@@ -178,7 +197,12 @@ fn log_file(directory: &Path) -> PathBuf {
     directory.join("backend.log")
 }
 
-fn spawn(program: &Path, directory: &Path, devices: usize) -> Result<Child, BackendError> {
+fn spawn(
+    program: &Path,
+    directory: &Path,
+    devices: usize,
+    options: &[&str],
+) -> Result<Child, BackendError> {
     let log = log_file(directory);
     let errors = fs::File::options()
         .create(true)
@@ -187,7 +211,10 @@ fn spawn(program: &Path, directory: &Path, devices: usize) -> Result<Child, Back
         .map_err(failed("opening", &log))?;
     // `setpriv` asks the kernel to end the back-end when the thread that starts it ends.
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command
+        .args(["--pdeathsig", "KILL", "--"])
+        .arg(program)
+        .args(options);
     for device in 0..devices {
         command.arg("--socket-path").arg(socket(directory, device));
         command

@@ -187,3 +187,37 @@ fn odd_and_huge_buffers_are_counted_and_do_no_harm() -> Result<()> {
     }
     Ok(())
 }
+
+/// S8, periodic: the guest is asked by the device's own timer, also after a pause and a reset.
+#[test]
+fn an_interval_asks_again_and_again_until_it_is_taken_back() -> Result<()> {
+    let vmm = Vmm::new()?;
+    let mut guest = boot(&vmm)?;
+    guest.device().set_stats_interval(10)?;
+    guest.start_following()?;
+    let asked = |guest: &Guest, from: u64| wait_for(guest, |stats| stats.sequence >= from + 5);
+    let first = asked(&guest, 1)?;
+    guest.device().pause()?;
+    let paused = guest.device().guest_stats(0)?.sequence;
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(
+        guest.device().guest_stats(0)?.sequence,
+        paused,
+        "the VM stands still"
+    );
+    guest.device().resume()?;
+    let second = asked(&guest, first.sequence)?;
+    guest.stop_following();
+    guest.restart_driver()?;
+    guest.start_following()?;
+    asked(&guest, second.sequence)?;
+
+    guest.device().set_stats_interval(0)?;
+    // One question may be on its way.
+    std::thread::sleep(Duration::from_millis(100));
+    let last = guest.device().guest_stats(0)?.sequence;
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(guest.device().guest_stats(0)?.sequence, last);
+    guest.books()?;
+    Ok(())
+}

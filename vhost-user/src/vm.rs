@@ -7,8 +7,11 @@
 use crate::books::Books;
 use crate::mapping::MemoryTable;
 use crate::wake::Wake;
-use aerostat_device::memory::{BALLOON_PAGE_BYTES, NodeId};
-use aerostat_device::{Device, DeviceConfig, DeviceState, Error, GuestStats, Runtime, WriteBehind};
+use aerostat_device::memory::{BALLOON_PAGE_BYTES, NodeId, PfnRange};
+use aerostat_device::{
+    Device, DeviceConfig, DeviceState, Error, GuestStats, HintState, History, HistoryEntry,
+    Runtime, WriteBehind,
+};
 use parking_lot::Mutex;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -87,6 +90,7 @@ pub(crate) struct Vm {
     runtime: Arc<Runtime>,
     offer: Offer,
     state: Mutex<State>,
+    history: Arc<History>,
     /// Who wants to know that the driver's `actual` changed.
     watchers: Mutex<Vec<Weak<Wake>>>,
 }
@@ -96,6 +100,7 @@ struct State {
     attached: Option<Arc<Attached>>,
     target_bytes: u64,
     inhibits: u32,
+    stats_interval_seconds: u64,
     past: Books,
 }
 
@@ -133,8 +138,10 @@ impl Vm {
                 attached: None,
                 target_bytes: 0,
                 inhibits: 0,
+                stats_interval_seconds: 0,
                 past,
             }),
+            history: History::new(),
             watchers: Mutex::default(),
         })
     }
@@ -147,13 +154,14 @@ impl Vm {
 
     /// Makes the device for a new session; `config_event` is signalled when its configuration changes.
     pub(crate) fn attach(&self, config_event: OwnedFd) -> aerostat_device::Result<Arc<Attached>> {
-        let device = Device::new(
+        let device = Device::with_history(
             &self.runtime,
             DeviceConfig {
                 features: self.offer.features,
                 config_event: Some(config_event),
                 completion_event: None,
             },
+            Arc::clone(&self.history),
         )?;
         device.set_write_behind(self.offer.write_behind);
         let mut state = self.state.lock();
@@ -163,6 +171,7 @@ impl Vm {
         for _ in 0..state.inhibits {
             device.inhibit();
         }
+        device.set_stats_interval(interval(state.stats_interval_seconds));
         let attached = Arc::new(Attached {
             device,
             tables: Mutex::default(),
@@ -238,6 +247,42 @@ impl Vm {
         }
     }
 
+    /// How often the guest is asked for statistics, in seconds; 0 is never.
+    pub(crate) fn stats_interval_seconds(&self) -> u64 {
+        self.state.lock().stats_interval_seconds
+    }
+
+    /// Has this guest, and those of later sessions, asked for statistics every so many seconds; 0 is off.
+    pub(crate) fn set_stats_interval_seconds(&self, seconds: u64) {
+        let mut state = self.state.lock();
+        state.stats_interval_seconds = seconds;
+        if let Some(attached) = &state.attached {
+            attached.device.set_stats_interval(interval(seconds));
+        }
+    }
+
+    /// Begins a round of free page hints that lasts no longer than `limit`; returns its id.
+    pub(crate) fn start_hints(&self, limit: Duration) -> Result<u32, VmError> {
+        Ok(self.attached()?.device.start_hints(limit)?)
+    }
+
+    /// Ends the round of hints.
+    pub(crate) fn finish_hints(&self) -> Result<(), VmError> {
+        Ok(self.attached()?.device.finish_hints()?)
+    }
+
+    /// Takes up to `max` hints.
+    pub(crate) fn take_hints(&self, max: usize) -> Result<(Vec<PfnRange>, HintState), VmError> {
+        let mut ranges = Vec::new();
+        let state = self.attached()?.device.take_hints(max, &mut ranges);
+        Ok((ranges, state))
+    }
+
+    /// What happened behind entry number `since`, in all sessions.
+    pub(crate) fn history(&self, since: u64, max: usize) -> Vec<HistoryEntry> {
+        self.history.since(since, max)
+    }
+
     /// From its return on nothing is discarded. Calls nest, and outlast sessions.
     pub(crate) fn inhibit(&self) {
         // Under the lock, so that a session that begins sees either none or all of it.
@@ -309,4 +354,9 @@ impl Vm {
         drop(watchers);
         Ok(wake)
     }
+}
+
+/// An interval as the device takes it.
+fn interval(seconds: u64) -> Option<Duration> {
+    (seconds > 0).then(|| Duration::from_secs(seconds))
 }

@@ -84,6 +84,15 @@ fn commands_say_what_is_wrong_with_them() {
     assert_eq!(error("query-balloon", json!({})), "DeviceNotActive");
     assert_eq!(error("aerostat-guest-stats", json!({})), "DeviceNotActive");
     assert_eq!(error("aerostat-uninhibit", json!({})), "GenericError");
+    for name in ["start", "take", "finish"] {
+        let name = format!("aerostat-hints-{name}");
+        assert_eq!(error(&name, json!({})), "DeviceNotActive");
+        assert_eq!(error(&name, json!({ "x": 1 })), "GenericError");
+    }
+    assert_eq!(
+        error("aerostat-history", json!({ "since": -1 })),
+        "GenericError"
+    );
     assert_eq!(
         error("aerostat-reset-balloon", json!({})),
         "DeviceNotActive"
@@ -115,6 +124,10 @@ fn commands_say_what_is_wrong_with_them() {
         "aerostat-query",
         "aerostat-set-target",
         "aerostat-guest-stats",
+        "aerostat-hints-finish",
+        "aerostat-hints-start",
+        "aerostat-hints-take",
+        "aerostat-history",
         "aerostat-inhibit",
         "aerostat-reset-balloon",
         "aerostat-uninhibit",
@@ -265,6 +278,45 @@ fn changes_are_told_once_a_second_and_the_last_one_always() {
         Some(json!({ "return": {} })),
         "no event before"
     );
+}
+
+/// A9: what happened is told afterwards, over the sessions.
+#[test]
+fn history_goes_on_over_sessions() {
+    let directory = tempfile::tempdir().unwrap();
+    let backend = Backend::start(directory.path(), 1);
+    let mut control = backend.control(0);
+    let history = |control: &mut Control, since: u64| -> Vec<Value> {
+        let arguments = json!({ "since": since });
+        let answer = control.execute("aerostat-history", arguments).unwrap();
+        answer["entries"].as_array().unwrap().clone()
+    };
+    assert!(history(&mut control, 0).is_empty());
+    let guest = Guest::new();
+    let mut frontend = Frontend::run(&backend.socket(0), &guest);
+    let target = json!({ "bytes": 1 << 20 });
+    control.execute("aerostat-set-target", target).unwrap();
+    assert!(frontend.set_config(4, &256_u32.to_le_bytes()));
+    let entries = history(&mut control, 0);
+    let events: Vec<_> = entries
+        .iter()
+        .map(|entry| entry["event"].as_str().unwrap())
+        .collect();
+    assert_eq!(events, ["target-set", "actual-written"]);
+    assert_eq!(entries[1]["target-bytes"], 1 << 20);
+    assert_eq!(entries[1]["actual-bytes"], 1 << 20);
+    assert_eq!(entries[1]["ballooned-bytes"], 0);
+    assert!(entries[1]["monotonic-ns"].as_u64() >= entries[0]["monotonic-ns"].as_u64());
+    drop(frontend);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while control.query()["state"] != "disconnected" {
+        assert!(Instant::now() < deadline);
+    }
+    let last = entries[1]["sequence"].as_u64().unwrap();
+    let later = history(&mut control, last);
+    assert_eq!(later.len(), 1);
+    assert_eq!(later[0]["event"], "reset");
+    assert!(later[0]["sequence"].as_u64().unwrap() > last);
 }
 
 #[test]

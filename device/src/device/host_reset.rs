@@ -9,6 +9,7 @@
 use super::{Device, DeviceState};
 use crate::balloon::bump;
 use crate::error::{Error, Result};
+use crate::history::HistoryEvent;
 use crate::protocol::virtio_balloon::Features;
 
 impl Device {
@@ -41,6 +42,7 @@ impl Device {
             .enter(|entry| bump(&mut entry.device().host_resets, 1));
         self.shared.config.ask_for_reset();
         self.shared.show(&service);
+        self.shared.record(HistoryEvent::BalloonReset);
         drop(service);
         self.shared.signal_config();
         Ok(())

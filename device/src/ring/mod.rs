@@ -105,6 +105,14 @@ impl Ring {
         either!(self, ring => ring.position())
     }
 
+    /// The same, were the chain `held` that was popped last not popped yet.
+    pub(crate) fn position_before(&self, held: Option<u64>) -> QueuePosition {
+        match held {
+            None => self.position(),
+            Some(token) => either!(self, ring => ring.position_before(token)),
+        }
+    }
+
     /// Takes the next chain; `Ok(false)` if the guest has none.
     pub(crate) fn pop(
         &mut self,

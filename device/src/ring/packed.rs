@@ -250,6 +250,15 @@ impl PackedRing {
         self.next_avail = self.next_avail.back(descriptors(token), self.size);
     }
 
+    /// Where serving would go on if the last chain had not been popped.
+    pub(crate) fn position_before(&self, token: u64) -> QueuePosition {
+        let place = self.next_avail.back(descriptors(token), self.size);
+        QueuePosition {
+            next_avail: place.pack(),
+            ..self.position()
+        }
+    }
+
     /// Completes a chain; the guest sees it after [`Self::publish`].
     pub(crate) fn complete(&mut self, token: u64, written: u32) {
         let place = self

@@ -325,7 +325,9 @@ proptest! {
                 offered.push((id, count));
             }
             for &(id, count) in &offered {
+                let before = ring.position();
                 let mut chain = pop(&mut ring, &driver).unwrap().unwrap();
+                prop_assert_eq!(ring.position_before(chain.token), before);
                 prop_assert_eq!((buffer_id(chain.token), descriptors(chain.token)), (id, count));
                 if give_back {
                     ring.unpop(chain.token);

@@ -157,8 +157,16 @@ impl SplitRing {
     }
 
     /// Takes back the last [`Self::pop`], of a chain that was not completed.
-    pub(crate) fn unpop(&mut self, _token: u64) {
-        self.position.next_avail = self.position.next_avail.wrapping_sub(1);
+    pub(crate) fn unpop(&mut self, token: u64) {
+        self.position = self.position_before(token);
+    }
+
+    /// Where serving would go on if the last chain had not been popped.
+    pub(crate) fn position_before(&self, _token: u64) -> QueuePosition {
+        QueuePosition {
+            next_avail: self.position.next_avail.wrapping_sub(1),
+            ..self.position
+        }
     }
 
     /// Follows the chain from `head` on. It has at most as many descriptors as the queue (2.7.5.3.1),

@@ -13,7 +13,7 @@ mod timer;
 mod topology;
 mod worker;
 
-pub(crate) use timer::Timer;
+pub(crate) use timer::{Timer, monotonic_ns};
 pub(crate) use worker::{KickRegistration, Pool, Scratch, Servable};
 
 use crate::discard::Discarder;

@@ -29,7 +29,7 @@ use std::{
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use super::wire::{BalloonEvent, DeviceStatus, GuestStats};
+use super::wire::{BalloonEvent, DeviceStatus, GuestStats, Hints, HistoryEntry};
 
 /// Longest line accepted from the peer: far above a status with a thousand nodes, and a bound on
 /// what a faulty peer can make this process hold.
@@ -233,6 +233,52 @@ impl ControlClient {
         let arguments = json!({ "timeout-ms": wait_ms });
         let patience = wait.saturating_add(self.timeout);
         self.execute_within("aerostat-guest-stats", Some(arguments), patience)
+    }
+
+    /// Begins a round of free page hints, which ends by itself after `limit`. Returns its id.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub fn start_hints(&mut self, limit: Duration) -> Result<u32, ControlError> {
+        #[derive(Deserialize)]
+        struct Started {
+            id: u32,
+        }
+        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let arguments = json!({ "limit-ms": limit_ms });
+        self.execute::<Started>("aerostat-hints-start", Some(arguments))
+            .map(|started| started.id)
+    }
+
+    /// Takes hints that came, as many as one answer holds.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub fn take_hints(&mut self) -> Result<Hints, ControlError> {
+        self.execute("aerostat-hints-take", None)
+    }
+
+    /// Ends the round of hints.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub fn finish_hints(&mut self) -> Result<(), ControlError> {
+        self.execute::<Value>("aerostat-hints-finish", None)
+            .map(drop)
+    }
+
+    /// What happened with the balloon behind entry number `since`.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub fn history(&mut self, since: u64) -> Result<Vec<HistoryEntry>, ControlError> {
+        #[derive(Deserialize)]
+        struct Page {
+            entries: Vec<HistoryEntry>,
+        }
+        let arguments = json!({ "since": since });
+        self.execute::<Page>("aerostat-history", Some(arguments))
+            .map(|page| page.entries)
     }
 
     /// The next event, kept or new; `None` if none came in time.

@@ -8,4 +8,7 @@ pub mod control;
 mod wire;
 
 pub use control::{ControlClient, ControlError};
-pub use wire::{BalloonEvent, DeviceState, DeviceStatus, GuestStats, NodeStatus, PageCounters};
+pub use wire::{
+    BalloonEvent, DeviceState, DeviceStatus, GuestRange, GuestStats, HintState, Hints,
+    HistoryEntry, NodeStatus, PageCounters,
+};

@@ -230,6 +230,55 @@ pub struct BalloonEvent {
     pub unix_micros: u64,
 }
 
+/// A range of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct GuestRange {
+    /// Guest address of its first byte.
+    pub gpa: u64,
+    /// Its length.
+    pub len_bytes: u64,
+}
+
+/// Where a round of free page hints stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HintState {
+    /// No round, or it has ended.
+    Idle,
+    /// The guest was asked, or is sending.
+    Running,
+    /// The guest has told all; it waits for the end of the round.
+    Complete,
+}
+
+/// Free page hints that were taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hints {
+    /// Where the round stands.
+    pub state: HintState,
+    /// What the guest said is free.
+    pub ranges: Vec<GuestRange>,
+}
+
+/// The balloon at the moment of a change (requirement A9).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct HistoryEntry {
+    /// Its number, always growing.
+    pub sequence: u64,
+    /// When, by the host's `CLOCK_MONOTONIC`.
+    pub monotonic_ns: u64,
+    /// What changed, as docs/control-socket.md words it.
+    pub event: String,
+    /// How large the balloon should be.
+    pub target_bytes: u64,
+    /// How large the driver said it is.
+    pub actual_bytes: u64,
+    /// How large it was by the device's own record.
+    pub ballooned_bytes: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

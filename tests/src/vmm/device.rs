@@ -6,8 +6,9 @@ use super::library::{Symbols, symbols};
 use super::ram::GuestRam;
 use aerostat::{
     aerostat_balloon, aerostat_completion, aerostat_counters, aerostat_device,
-    aerostat_device_config, aerostat_element, aerostat_guest_stats, aerostat_memory,
-    aerostat_queue_config, aerostat_queue_position, aerostat_runtime, aerostat_runtime_config,
+    aerostat_device_config, aerostat_element, aerostat_guest_stats, aerostat_history_entry,
+    aerostat_memory, aerostat_queue_config, aerostat_queue_position, aerostat_range,
+    aerostat_runtime, aerostat_runtime_config,
 };
 use parking_lot::Mutex;
 use std::ffi::{CStr, c_int};
@@ -183,6 +184,8 @@ impl Device {
         inhibit => aerostat_device_inhibit;
         /// Allows it again.
         uninhibit => aerostat_device_uninhibit;
+        /// Ends a round of free page hints.
+        finish_hints => aerostat_device_finish_hints;
     }
 
     /// Makes a device; the descriptors are -1 or eventfds.
@@ -419,6 +422,106 @@ impl Device {
     /// None is documented for a live handle.
     pub fn flush(&self) -> Result<()> {
         call!(self.symbols, aerostat_device_flush(self.handle)).map(drop)
+    }
+
+    /// Begins a round of free page hints.
+    ///
+    /// # Errors
+    /// As the header says.
+    pub fn start_hints(&self, limit_ms: u32) -> Result<()> {
+        call!(
+            self.symbols,
+            aerostat_device_start_hints(self.handle, limit_ms)
+        )
+        .map(drop)
+    }
+
+    /// Takes up to `max` hints, and the round's state as `enum aerostat_hint_state` numbers it.
+    ///
+    /// # Errors
+    /// As the header says.
+    pub fn take_hints(&self, max: usize) -> Result<(Vec<aerostat_range>, u32)> {
+        let mut ranges = vec![aerostat_range::default(); max];
+        let mut state = 0;
+        let (first, out) = (ranges.as_mut_ptr(), &raw mut state);
+        let count = call!(
+            self.symbols,
+            aerostat_device_take_hints(self.handle, first, max, out)
+        )?;
+        ranges.truncate(usize::try_from(count).unwrap_or(0));
+        Ok((ranges, state))
+    }
+
+    /// What happened behind entry number `since`, at most `max` entries.
+    ///
+    /// # Errors
+    /// None is documented for a live handle.
+    pub fn history(&self, since: u64, max: usize) -> Result<Vec<aerostat_history_entry>> {
+        let mut entries = vec![aerostat_history_entry::default(); max];
+        let first = entries.as_mut_ptr();
+        let count = call!(
+            self.symbols,
+            aerostat_device_history(self.handle, since, first, max)
+        )?;
+        entries.truncate(usize::try_from(count).unwrap_or(0));
+        Ok(entries)
+    }
+
+    /// The device as bytes.
+    ///
+    /// # Errors
+    /// None is documented for a live handle.
+    pub fn save(&self) -> Result<Vec<u8>> {
+        let mut state = Vec::new();
+        loop {
+            let mut needed = 0;
+            let (to, len) = (state.as_mut_ptr(), state.len());
+            let (to, out): (*mut u8, _) =
+                (if len == 0 { ptr::null_mut() } else { to }, &raw mut needed);
+            let saved = call!(
+                self.symbols,
+                aerostat_device_save(self.handle, to.cast(), len, out)
+            );
+            match saved {
+                Ok(_) if needed <= len => {
+                    state.truncate(needed);
+                    return Ok(state);
+                }
+                Err(error) if error.errno() != Some(libc::ENOBUFS) => return Err(error),
+                // It may have grown since it was asked.
+                _ => state.resize(needed, 0),
+            }
+        }
+    }
+
+    /// Takes over a saved device.
+    ///
+    /// # Errors
+    /// As the header says.
+    pub fn restore(&self, state: &[u8]) -> Result<()> {
+        let data = state.as_ptr().cast();
+        call!(
+            self.symbols,
+            aerostat_device_restore(self.handle, data, state.len())
+        )
+        .map(drop)
+    }
+
+    /// Where a restored ring goes on.
+    ///
+    /// # Errors
+    /// As the header says.
+    pub fn saved_position(&self, index: u32) -> Result<aerostat_queue_position> {
+        let mut position = aerostat_queue_position {
+            size: size_of_u32::<aerostat_queue_position>(),
+            ..Default::default()
+        };
+        let out = &raw mut position;
+        call!(
+            self.symbols,
+            aerostat_device_saved_position(self.handle, index, out)
+        )?;
+        Ok(position)
     }
 
     /// The books.

@@ -12,8 +12,10 @@ use super::PAGE_BYTES;
 use super::allocator::PageAllocator;
 use super::device::Device;
 use super::error::{Result, VmmError};
+use super::hinting::Hinting;
 use super::ram::GuestRam;
 use super::vring::{Piece, Used, Vring};
+use parking_lot::RwLock;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,17 +41,29 @@ pub enum Role {
     Deflate,
     /// Statistics.
     Stats,
+    /// Hints of unused pages.
+    Hints,
     /// Reports of unused pages.
     Reporting,
 }
 
 /// All roles, in the order of their queues.
-pub const ROLES: [Role; 4] = [Role::Inflate, Role::Deflate, Role::Stats, Role::Reporting];
+pub const ROLES: [Role; 5] = [
+    Role::Inflate,
+    Role::Deflate,
+    Role::Stats,
+    Role::Hints,
+    Role::Reporting,
+];
+
+/// Where the driver finds its device. Whoever replaces the device writes; meanwhile the driver waits,
+/// as a processor of a machine that stands still does.
+pub type Slot = Arc<RwLock<Arc<Device>>>;
 
 /// The driver's state.
 #[derive(Debug)]
 pub struct Driver {
-    device: Arc<Device>,
+    pub(super) device: Slot,
     ram: Arc<GuestRam>,
     queues: Vec<(Role, Vring)>,
     /// Two pages of the kernel's own: the array of page frame numbers, the statistics buffer.
@@ -58,6 +72,7 @@ pub struct Driver {
     pub allocator: PageAllocator,
     balloon: Vec<u64>,
     stats: Vec<(u16, u64)>,
+    pub(super) hinting: Hinting,
     features: u64,
     /// Pages that the device does not want, put aside so that they are not offered again.
     refused: Vec<u64>,
@@ -67,7 +82,7 @@ impl Driver {
     /// A driver with its queues; `buffers` are two pages of its own.
     #[must_use]
     pub fn new(
-        device: Arc<Device>,
+        device: Slot,
         ram: Arc<GuestRam>,
         queues: Vec<(Role, Vring)>,
         buffers: u64,
@@ -81,6 +96,7 @@ impl Driver {
             allocator,
             balloon: Vec::new(),
             stats: Vec::new(),
+            hinting: Hinting::default(),
             features: 0,
             refused: Vec::new(),
         }
@@ -114,12 +130,13 @@ impl Driver {
         self.queues.iter().map(|(role, queue)| (*role, queue))
     }
 
-    /// The queues that follow a reset: the old ones are forgotten, and so is the balloon, whose
-    /// pages are unused again.
+    /// The queues that follow a reset: the old ones are forgotten, and so are the balloon and what was
+    /// hinted, whose pages are unused again.
     pub fn restart(&mut self, queues: Vec<(Role, Vring)>) {
         self.queues = queues;
         let pages = std::mem::take(&mut self.balloon);
         self.allocator.release(pages);
+        self.allocator.release(self.hinting.restart());
         self.release_refused();
     }
 
@@ -240,7 +257,9 @@ impl Driver {
     /// The device cannot be read.
     pub fn target_pages(&self) -> Result<usize> {
         let mut bytes = [0; 4];
-        self.device.read_config(CONFIG_NUM_PAGES, &mut bytes)?;
+        self.device
+            .read()
+            .read_config(CONFIG_NUM_PAGES, &mut bytes)?;
         Ok(usize::try_from(u32::from_le_bytes(bytes)).unwrap_or(usize::MAX))
     }
 
@@ -251,6 +270,7 @@ impl Driver {
     pub fn update_actual(&self) -> Result<()> {
         let actual = u32::try_from(self.balloon.len()).unwrap_or(u32::MAX);
         self.device
+            .read()
             .write_config(CONFIG_ACTUAL, &actual.to_le_bytes())
             .map(drop)
     }

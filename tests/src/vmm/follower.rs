@@ -65,6 +65,8 @@ impl Drop for Follower {
 }
 
 fn follow(driver: &Mutex<Driver>, events: &[Arc<EventFd>], stop: &AtomicBool) -> Result<()> {
+    let stats = driver.lock().queue(Role::Stats).is_ok();
+    let hints = driver.lock().queue(Role::Hints).is_ok();
     let polled: Vec<&EventFd> = events.iter().map(AsRef::as_ref).collect();
     let mut work = true;
     while !stop.load(Ordering::Acquire) {
@@ -76,8 +78,11 @@ fn follow(driver: &Mutex<Driver>, events: &[Arc<EventFd>], stop: &AtomicBool) ->
         }
         // The lock is let go between buffers, so that the rest of the guest gets its turn.
         let mut driver = driver.lock();
-        if polled.len() > 2 {
+        if stats {
             driver.answer_stats()?;
+        }
+        if hints {
+            driver.answer_hints()?;
         }
         let (moved, reached) = driver.step()?;
         drop(driver);

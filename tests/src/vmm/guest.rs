@@ -3,7 +3,7 @@
 use super::allocator::{Order, PageAllocator};
 use super::books::assert_balanced;
 use super::device::{Device, Runtime, State, size_of_u32};
-use super::driver::{Driver, ROLES, Role};
+use super::driver::{Driver, ROLES, Role, Slot};
 use super::elements::ElementPump;
 use super::error::{Result, VmmError};
 use super::eventfd::EventFd;
@@ -14,11 +14,12 @@ use super::vring::{Placement, Vring};
 use super::working_set::WorkingSet;
 use super::{MIB, PAGE_BYTES};
 use aerostat::{
-    AEROSTAT_FEATURE_DEFLATE_ON_OOM, AEROSTAT_FEATURE_EVENT_IDX, AEROSTAT_FEATURE_INDIRECT_DESC,
-    AEROSTAT_FEATURE_MUST_TELL_HOST, AEROSTAT_FEATURE_PAGE_REPORTING, AEROSTAT_FEATURE_STATS_VQ,
-    AEROSTAT_FEATURE_VERSION_1, AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
+    AEROSTAT_FEATURE_DEFLATE_ON_OOM, AEROSTAT_FEATURE_EVENT_IDX, AEROSTAT_FEATURE_FREE_PAGE_HINT,
+    AEROSTAT_FEATURE_INDIRECT_DESC, AEROSTAT_FEATURE_MUST_TELL_HOST,
+    AEROSTAT_FEATURE_PAGE_REPORTING, AEROSTAT_FEATURE_STATS_VQ, AEROSTAT_FEATURE_VERSION_1,
+    AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
 };
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,7 +29,7 @@ pub enum Numbering {
     /// As Linux: those of the negotiated features, without gaps.
     #[default]
     Dense,
-    /// As the text of the standard: 0, 1, 2, 4.
+    /// As the text of the standard: 0, 1, 2, 3, 4.
     Fixed,
 }
 
@@ -54,11 +55,12 @@ pub struct GuestConfig {
 }
 
 impl GuestConfig {
-    /// What stock Linux selects, as far as this driver can do it: split rings, and all but hints.
+    /// What stock Linux selects, as far as this driver can do it: with split rings.
     /// Linux drops poison unless free pages are initialised.
     pub const LINUX: u64 = AEROSTAT_FEATURE_MUST_TELL_HOST
         | AEROSTAT_FEATURE_STATS_VQ
         | AEROSTAT_FEATURE_DEFLATE_ON_OOM
+        | AEROSTAT_FEATURE_FREE_PAGE_HINT
         | AEROSTAT_FEATURE_PAGE_REPORTING
         | AEROSTAT_FEATURE_INDIRECT_DESC
         | AEROSTAT_FEATURE_EVENT_IDX
@@ -134,8 +136,9 @@ impl Vmm {
         let (buffers, kernel_end) = buffers_of(config);
         let pfns = ram.pfns().filter(|pfn| pfn * PAGE_BYTES >= kernel_end);
         let allocator = PageAllocator::new(pfns, config.order);
+        let slot = Arc::new(RwLock::new(Arc::clone(&device)));
         let driver = Driver::new(
-            Arc::clone(&device),
+            Arc::clone(&slot),
             Arc::clone(&ram),
             Vec::new(),
             buffers,
@@ -145,6 +148,8 @@ impl Vmm {
             follower: None,
             pump: None,
             driver: Arc::new(Mutex::new(driver)),
+            slot,
+            wiring: Vec::new(),
             device,
             ram,
             config_event,
@@ -170,6 +175,9 @@ pub struct Guest {
     follower: Option<Follower>,
     pump: Option<ElementPump>,
     driver: Arc<Mutex<Driver>>,
+    slot: Slot,
+    /// The started queues, by index, as they were when they were new.
+    wiring: Vec<(u32, aerostat_queue_config)>,
     device: Arc<Device>,
     ram: Arc<GuestRam>,
     /// Signalled when the guest is to get a configuration change interrupt.
@@ -184,6 +192,22 @@ impl Guest {
     #[must_use]
     pub fn device(&self) -> &Arc<Device> {
         &self.device
+    }
+
+    /// Where its driver finds the device.
+    pub(super) fn slot(&self) -> Slot {
+        Arc::clone(&self.slot)
+    }
+
+    /// The started queues.
+    pub(super) fn wiring(&self) -> &[(u32, aerostat_queue_config)] {
+        &self.wiring
+    }
+
+    /// Takes another device, also for the slot.
+    pub(super) fn plug(&mut self, device: Device) -> Arc<Device> {
+        self.device = Arc::new(device);
+        Arc::clone(&self.device)
     }
 
     /// Its memory.
@@ -219,10 +243,12 @@ impl Guest {
     /// The device refuses.
     pub fn start_queues(&mut self, features: u64) -> Result<()> {
         let queues = self.lay_out_queues(features)?;
+        self.wiring.clear();
         for (role, queue) in &queues {
             let index = queue_index(*role, features, self.config.numbering);
             let config = queue_config(queue, self.config.elements);
             self.device.start_queue(index, &config)?;
+            self.wiring.push((index, config));
         }
         let mut driver = self.driver.lock();
         driver.restart(queues);
@@ -427,6 +453,7 @@ fn feature_of(role: Role) -> u64 {
     match role {
         Role::Inflate | Role::Deflate => 0,
         Role::Stats => AEROSTAT_FEATURE_STATS_VQ,
+        Role::Hints => AEROSTAT_FEATURE_FREE_PAGE_HINT,
         Role::Reporting => AEROSTAT_FEATURE_PAGE_REPORTING,
     }
 }
@@ -435,11 +462,14 @@ fn feature_of(role: Role) -> u64 {
 #[must_use]
 pub fn queue_index(role: Role, features: u64, numbering: Numbering) -> u32 {
     let stats = u32::from(features & AEROSTAT_FEATURE_STATS_VQ != 0);
+    let hints = u32::from(features & AEROSTAT_FEATURE_FREE_PAGE_HINT != 0);
     match (role, numbering) {
         (Role::Inflate, _) => 0,
         (Role::Deflate, _) => 1,
         (Role::Stats, _) => 2,
-        (Role::Reporting, Numbering::Dense) => 2 + stats,
+        (Role::Hints, Numbering::Dense) => 2 + stats,
+        (Role::Hints, Numbering::Fixed) => 3,
+        (Role::Reporting, Numbering::Dense) => 2 + stats + hints,
         (Role::Reporting, Numbering::Fixed) => 4,
     }
 }

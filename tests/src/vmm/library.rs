@@ -8,9 +8,9 @@
 use super::error::{Result, VmmError};
 use aerostat::{
     aerostat_balloon, aerostat_completion, aerostat_counters, aerostat_device,
-    aerostat_device_config, aerostat_element, aerostat_guest_stats, aerostat_log_callback,
-    aerostat_memory, aerostat_memory_region, aerostat_queue_config, aerostat_queue_position,
-    aerostat_range, aerostat_runtime, aerostat_runtime_config,
+    aerostat_device_config, aerostat_element, aerostat_guest_stats, aerostat_history_entry,
+    aerostat_log_callback, aerostat_memory, aerostat_memory_region, aerostat_queue_config,
+    aerostat_queue_position, aerostat_range, aerostat_runtime, aerostat_runtime_config,
 };
 use std::env;
 use std::ffi::{c_char, c_int, c_void};
@@ -92,8 +92,14 @@ symbols! {
     aerostat_device_set_stats_interval(*mut aerostat_device, u32) -> c_int;
     aerostat_device_start_hints(*mut aerostat_device, u32) -> c_int;
     aerostat_device_finish_hints(*mut aerostat_device) -> c_int;
-    aerostat_device_take_hints(
-        *mut aerostat_device, *mut aerostat_range, usize, *mut u32
+    aerostat_device_take_hints(*mut aerostat_device, *mut aerostat_range, usize, *mut u32) -> c_int;
+    aerostat_device_history(
+        *const aerostat_device, u64, *mut aerostat_history_entry, usize
+    ) -> c_int;
+    aerostat_device_save(*mut aerostat_device, *mut c_void, usize, *mut usize) -> c_int;
+    aerostat_device_restore(*mut aerostat_device, *const c_void, usize) -> c_int;
+    aerostat_device_saved_position(
+        *const aerostat_device, u32, *mut aerostat_queue_position
     ) -> c_int;
     aerostat_device_counters(*const aerostat_device, *mut aerostat_counters) -> c_int;
     aerostat_device_node_counters(*const aerostat_device, i32, *mut aerostat_counters) -> c_int;

@@ -10,12 +10,21 @@ use std::time::Duration;
 /// The longest that `aerostat-guest-stats` waits, whatever it is asked to.
 const MAX_STATS_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long a round of hints lasts unless the client chooses.
+const HINTS_LIMIT_MS: u64 = 60_000;
+/// Hints and entries of the history in one answer.
+const MAX_LIST: u64 = 4096;
+
 type Outcome = Result<Value, Failure>;
 type Handler = fn(&Shared, &mut Arguments) -> Outcome;
 
 /// All commands, by name.
-const COMMANDS: [(&str, Handler); 15] = [
+const COMMANDS: [(&str, Handler); 19] = [
     ("aerostat-guest-stats", guest_stats),
+    ("aerostat-hints-finish", hints_finish),
+    ("aerostat-hints-start", hints_start),
+    ("aerostat-hints-take", hints_take),
+    ("aerostat-history", history),
     ("aerostat-inhibit", inhibit),
     ("aerostat-query", query),
     ("aerostat-reset-balloon", reset_balloon),
@@ -155,15 +164,48 @@ fn query(shared: &Shared, arguments: &mut Arguments) -> Outcome {
 }
 
 fn guest_stats(shared: &Shared, arguments: &mut Arguments) -> Outcome {
-    let timeout = match arguments.take_optional("timeout-ms") {
-        None => 0,
-        Some(value) => value.as_u64().ok_or_else(|| {
-            Failure::generic("Parameter 'timeout-ms' expects milliseconds, an integer from 0")
-        })?,
-    };
+    let timeout = optional(arguments, "timeout-ms", 0)?;
     checked(arguments)?;
     let timeout = Duration::from_millis(timeout).min(MAX_STATS_TIMEOUT);
     Ok(report::guest_stats(&shared.vm.guest_stats(timeout)?))
+}
+
+/// An integer that may be left out.
+fn optional(arguments: &mut Arguments, name: &str, default: u64) -> Result<u64, Failure> {
+    match arguments.take_optional(name) {
+        None => Ok(default),
+        Some(value) => value.as_u64().ok_or_else(|| {
+            Failure::generic(format!("Parameter '{name}' expects an integer from 0"))
+        }),
+    }
+}
+
+fn hints_start(shared: &Shared, arguments: &mut Arguments) -> Outcome {
+    let limit = optional(arguments, "limit-ms", HINTS_LIMIT_MS)?;
+    checked(arguments)?;
+    let id = shared.vm.start_hints(Duration::from_millis(limit))?;
+    Ok(json!({ "id": id }))
+}
+
+fn hints_finish(shared: &Shared, arguments: &mut Arguments) -> Outcome {
+    checked(arguments)?;
+    shared.vm.finish_hints()?;
+    Ok(json!({}))
+}
+
+fn hints_take(shared: &Shared, arguments: &mut Arguments) -> Outcome {
+    let max = optional(arguments, "max", MAX_LIST)?.min(MAX_LIST);
+    checked(arguments)?;
+    let max = usize::try_from(max).unwrap_or(usize::MAX);
+    let (ranges, state) = shared.vm.take_hints(max)?;
+    Ok(report::hints(&ranges, state))
+}
+
+fn history(shared: &Shared, arguments: &mut Arguments) -> Outcome {
+    let since = optional(arguments, "since", 0)?;
+    checked(arguments)?;
+    let max = usize::try_from(MAX_LIST).unwrap_or(usize::MAX);
+    Ok(report::history(&shared.vm.history(since, max)))
 }
 
 fn inhibit(shared: &Shared, arguments: &mut Arguments) -> Outcome {
@@ -206,7 +248,7 @@ fn qom_get(shared: &Shared, arguments: &mut Arguments) -> Outcome {
             };
             Ok(report::guest_stats_qemu(&stats))
         }
-        POLLING => Ok(shared.polling.seconds().into()),
+        POLLING => Ok(shared.vm.stats_interval_seconds().into()),
         _ => Err(no_property(&property)),
     }
 }
@@ -224,7 +266,7 @@ fn qom_set(shared: &Shared, arguments: &mut Arguments) -> Outcome {
             "timer value is too big; pass seconds, 0 for off",
         ));
     }
-    shared.polling.set_seconds(seconds);
+    shared.vm.set_stats_interval_seconds(seconds);
     Ok(json!({}))
 }
 

@@ -8,14 +8,12 @@
 mod client;
 mod commands;
 mod lines;
-mod polling;
 mod qmp;
 mod report;
 
 use crate::listener::Listener;
 use crate::vm::Vm;
 use crate::wake::{Wake, is_ready, wait};
-use polling::Polling;
 use rustix::event::{PollFd, PollFlags};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -31,7 +29,6 @@ const MAX_CLIENTS: usize = 32;
 pub(crate) struct Shared {
     vm: Arc<Vm>,
     shutdown: Arc<Wake>,
-    polling: Polling,
 }
 
 /// Accepts clients until `shutdown`.
@@ -39,7 +36,6 @@ pub(crate) fn serve(listener: &Listener, vm: &Arc<Vm>, shutdown: &Arc<Wake>) {
     let shared = Arc::new(Shared {
         vm: Arc::clone(vm),
         shutdown: Arc::clone(shutdown),
-        polling: Polling::start(vm),
     });
     // Each client's thread holds one reference.
     while wait_for_client(listener, &shared) {

@@ -3,7 +3,8 @@
 use crate::books::Named;
 use crate::features;
 use crate::vm::{Snapshot, VmState};
-use aerostat_device::GuestStats;
+use aerostat_device::memory::{BALLOON_PAGE_BYTES, PfnRange};
+use aerostat_device::{GuestStats, HintState, HistoryEntry, HistoryEvent};
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -86,6 +87,49 @@ fn stats_value(stats: &GuestStats, show: impl Fn(Option<u64>) -> Option<Value>) 
         .filter_map(|(name, value)| Some(((*name).to_owned(), show(value)?)))
         .collect();
     json!({ "stats": map, "last-update": last_update(stats) })
+}
+
+/// The answer to `aerostat-hints-take`.
+pub(super) fn hints(ranges: &[PfnRange], state: HintState) -> Value {
+    let state = match state {
+        HintState::Idle => "idle",
+        HintState::Running => "running",
+        HintState::Complete => "complete",
+    };
+    let range = |range: &PfnRange| {
+        let gpa = range.start.0 * BALLOON_PAGE_BYTES;
+        json!({ "gpa": gpa, "len-bytes": range.bytes() })
+    };
+    json!({ "state": state, "ranges": ranges.iter().map(range).collect::<Vec<_>>() })
+}
+
+/// The answer to `aerostat-history`.
+pub(super) fn history(entries: &[HistoryEntry]) -> Value {
+    let entry = |entry: &HistoryEntry| {
+        json!({
+            "sequence": entry.sequence,
+            "monotonic-ns": entry.monotonic_ns,
+            "event": event(entry.event),
+            "target-bytes": entry.target_bytes,
+            "actual-bytes": entry.actual_bytes,
+            "ballooned-bytes": entry.ballooned_bytes,
+        })
+    };
+    json!({ "entries": entries.iter().map(entry).collect::<Vec<_>>() })
+}
+
+fn event(event: HistoryEvent) -> &'static str {
+    match event {
+        HistoryEvent::TargetSet => "target-set",
+        HistoryEvent::ActualWritten => "actual-written",
+        HistoryEvent::Reset => "reset",
+        HistoryEvent::Inhibited => "inhibited",
+        HistoryEvent::Uninhibited => "uninhibited",
+        HistoryEvent::NeedsReset => "needs-reset",
+        HistoryEvent::Restored => "restored",
+        HistoryEvent::BalloonReset => "balloon-reset",
+        _ => "other",
+    }
 }
 
 /// When the statistics came, in seconds since 1970; 0 for never.

@@ -42,6 +42,17 @@ pub(crate) struct ConfigSpace {
     poison_val: AtomicU32,
 }
 
+/// The fields that a saved device takes along (requirement S13); the id of hints is its board's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SavedConfig {
+    pub(crate) num_pages: u32,
+    pub(crate) actual: u32,
+    pub(crate) poison_val: u32,
+    /// The last host reset, and the last one that the driver acknowledged (requirement V3).
+    pub(crate) reset_id: u32,
+    pub(crate) reset_ack: u32,
+}
+
 /// What a driver's write did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Written {
@@ -133,6 +144,34 @@ impl ConfigSpace {
         reset.ack = reset.id;
         self.reset_pending.store(false, Ordering::Release);
         std::mem::take(&mut reset.open)
+    }
+
+    /// Takes over a saved device's fields. Returns whether a host reset is pending.
+    pub(crate) fn restore(&self, saved: SavedConfig) -> bool {
+        self.num_pages.store(saved.num_pages, Ordering::Release);
+        self.actual.store(saved.actual, Ordering::Release);
+        self.poison_val.store(saved.poison_val, Ordering::Release);
+        let mut reset = self.host_reset.lock();
+        let pending = saved.reset_id != saved.reset_ack;
+        *reset = HostReset {
+            id: saved.reset_id,
+            ack: saved.reset_ack,
+            open: u64::from(pending),
+        };
+        self.reset_pending.store(pending, Ordering::Release);
+        pending
+    }
+
+    /// The fields as they are saved.
+    pub(crate) fn save(&self) -> SavedConfig {
+        let reset = self.host_reset.lock();
+        SavedConfig {
+            num_pages: self.num_pages(),
+            actual: self.actual(),
+            poison_val: self.poison_val(),
+            reset_id: reset.id,
+            reset_ack: reset.ack,
+        }
     }
 
     fn bytes(&self) -> [u8; HOST_RESET_CONFIG_BYTES] {

@@ -116,6 +116,22 @@ impl HintBoard {
         config.set_hint_cmd_id(CMD_STOP);
     }
 
+    /// The id of the last round; 0 if there was none.
+    pub(crate) fn id(&self) -> u32 {
+        self.round.lock().id
+    }
+
+    /// Goes on with ids behind `id`. Whatever its round was, it is done: its hints were for a migration
+    /// that is over, and the guest waits for its pages.
+    pub(crate) fn restore(&self, config: &ConfigSpace, id: u32) {
+        let mut round = self.round.lock();
+        *round = Round {
+            id,
+            ..Round::default()
+        };
+        config.set_hint_cmd_id(if id == 0 { CMD_STOP } else { CMD_DONE });
+    }
+
     /// Takes up to `max` of the ranges that came, oldest first, and says where the round stands. No
     /// more ranges will come once it is not running.
     pub(crate) fn take(&self, max: usize, into: &mut Vec<PfnRange>) -> HintState {
@@ -362,6 +378,7 @@ mod tests {
         for pfn in 0..MAX_RANGES as u64 + 100 {
             driver.free(pfn % 16);
         }
+        assert!(!driver.free(16), "outside memory");
         let mut ranges = Vec::new();
         driver.hints.take(usize::MAX, &mut ranges);
         assert_eq!(ranges.len(), MAX_RANGES);

@@ -6,7 +6,7 @@ mod queues;
 mod refusal;
 mod stats;
 
-pub(crate) use config::{CONFIG_BYTES, ConfigSpace, HOST_RESET_CONFIG_BYTES};
+pub(crate) use config::{CONFIG_BYTES, ConfigSpace, HOST_RESET_CONFIG_BYTES, SavedConfig};
 pub use hints::HintState;
 pub(crate) use hints::{HintBoard, MAX_ROUND};
 pub(crate) use queues::{QUEUES, Role, role_of};

@@ -121,6 +121,11 @@ impl StatsBoard {
         }
     }
 
+    /// The buffer that is held.
+    pub(crate) fn held(&self) -> Option<u64> {
+        *self.held.lock()
+    }
+
     /// Puts the held buffer back into its queue, for whoever serves the queue next.
     pub(crate) fn put_back(&self, source: &mut Source) {
         if let Some(token) = self.held.lock().take() {

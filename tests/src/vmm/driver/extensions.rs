@@ -95,8 +95,8 @@ impl Driver {
     /// The device cannot be read.
     pub fn reset_fields(&self) -> Result<(u32, u32)> {
         let (mut id, mut ack) = ([0; 4], [0; 4]);
-        self.device.read_config(CONFIG_RESET_ID, &mut id)?;
-        self.device.read_config(CONFIG_RESET_ACK, &mut ack)?;
+        self.device.read().read_config(CONFIG_RESET_ID, &mut id)?;
+        self.device.read().read_config(CONFIG_RESET_ACK, &mut ack)?;
         Ok((u32::from_le_bytes(id), u32::from_le_bytes(ack)))
     }
 
@@ -106,7 +106,10 @@ impl Driver {
     /// The device cannot be written.
     pub fn acknowledge_reset(&self, id: u32) -> Result<()> {
         let bytes = id.to_le_bytes();
-        self.device.write_config(CONFIG_RESET_ACK, &bytes).map(drop)
+        self.device
+            .read()
+            .write_config(CONFIG_RESET_ACK, &bytes)
+            .map(drop)
     }
 
     /// Does what the host's reset asks for, if there is one: frees all of the balloon without telling,

@@ -1,0 +1,211 @@
+use super::*;
+use proptest::prelude::*;
+
+fn state() -> SavedState {
+    let position = QueuePosition {
+        next_avail: 0x8003,
+        next_used: 7,
+    };
+    SavedState {
+        state: DeviceState::Paused,
+        offered: 0x1_3000_003f,
+        negotiated: Some(0x1_0000_0003),
+        config: SavedConfig {
+            num_pages: 1000,
+            actual: 900,
+            poison_val: 0xaaaa_aaaa,
+            reset_id: 9,
+            reset_ack: 8,
+        },
+        hint_id: 5,
+        queues: [
+            Some(SavedQueue::Ring { position }),
+            Some(SavedQueue::Elements),
+            None,
+            None,
+            None,
+        ],
+    }
+}
+
+fn range(start: u64, end: u64) -> PfnRange {
+    PfnRange {
+        start: Pfn(start),
+        end: Pfn(end),
+    }
+}
+
+fn encoded(state: &SavedState, list: &[PfnRange]) -> Vec<u8> {
+    encode(state, |each| list.iter().for_each(|run| each(*run)))
+}
+
+fn decoded(bytes: &[u8]) -> Result<(SavedState, Vec<PfnRange>)> {
+    let (state, runs) = decode(bytes)?;
+    Ok((state, runs.collect::<Result<_>>()?))
+}
+
+/// Length and checksum as they should be: what a hostile sender does too.
+fn seal(bytes: &mut Vec<u8>) {
+    let total = (bytes.len() + CHECKSUM_BYTES) as u64;
+    bytes[LENGTH_AT..LENGTH_AT + 8].copy_from_slice(&total.to_le_bytes());
+    bytes.extend(crc32(bytes).to_le_bytes());
+}
+
+/// A sealed state with these bytes in place of runs.
+fn with_runs(runs: &[u8]) -> Vec<u8> {
+    let mut bytes = encoded(&state(), &[]);
+    bytes.truncate(HEADER_BYTES);
+    bytes.extend(runs);
+    seal(&mut bytes);
+    bytes
+}
+
+#[test]
+fn the_checksum_is_the_common_one() {
+    assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
+}
+
+/// docs/saved-state.md shows these bytes.
+#[test]
+fn the_layout_is_the_documented_one() {
+    let bytes = encoded(&state(), &[range(0x100, 0x180), range(0x200, 0x201)]);
+    assert_eq!(&bytes[..16], b"AEROSTAT\x01\0\0\0\x02\0\0\0");
+    assert_eq!(bytes[16..24], 123u64.to_le_bytes());
+    assert_eq!(bytes[40..48], [1, 0, 0, 0, 0xe8, 3, 0, 0]);
+    assert_eq!(bytes[56..68], [5, 0, 0, 0, 9, 0, 0, 0, 8, 0, 0, 0]);
+    assert_eq!(bytes[68..80], [5, 0, 0, 0, 1, 0, 3, 0x80, 7, 0, 0, 0]);
+    assert_eq!(bytes[80..88], [2, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(bytes[112..119], [0x80, 2, 0x80, 1, 0x80, 1, 1]);
+    assert_eq!(bytes.len(), 123);
+}
+
+#[test]
+fn touching_runs_are_written_as_one() {
+    let bytes = encoded(&state(), &[range(0, 5), range(5, 9), range(20, 21)]);
+    let (_, runs) = decoded(&bytes).unwrap();
+    assert_eq!(runs, [range(0, 9), range(20, 21)]);
+}
+
+#[test]
+fn every_truncation_and_every_changed_byte_is_refused() {
+    let bytes = encoded(&state(), &[range(3, 5), range(700, 1 << 30)]);
+    assert!(decoded(&bytes).is_ok());
+    for len in 0..bytes.len() {
+        assert!(decoded(&bytes[..len]).is_err(), "{len} bytes");
+    }
+    for at in 0..bytes.len() {
+        for flip in 1..=255 {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= flip;
+            assert!(decoded(&damaged).is_err(), "byte {at} ^ {flip:#x}");
+        }
+    }
+    let mut longer = bytes;
+    longer.push(0);
+    assert!(decoded(&longer).is_err());
+}
+
+#[test]
+fn what_a_sealed_state_may_not_say_is_refused() {
+    let refused: [(&str, &[u8]); 8] = [
+        ("an empty run", &[1, 0]),
+        ("runs that touch", &[1, 1, 0, 1]),
+        ("half a run", &[1]),
+        ("half a number", &[1, 0x80]),
+        ("a number in too many bytes", &[0x80, 0, 1]),
+        (
+            "more than 64 bits",
+            &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 1],
+        ),
+        (
+            "pages that overflow",
+            &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 1],
+        ),
+        (
+            "pages beyond any guest",
+            &[1, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 4],
+        ),
+    ];
+    for (what, runs) in refused {
+        assert!(decoded(&with_runs(runs)).is_err(), "{what}");
+    }
+    assert_eq!(
+        decoded(&with_runs(&[0, 1, 1, 1])).unwrap().1,
+        [range(0, 1), range(2, 3)]
+    );
+    // Offset and value of a byte that makes a field wrong.
+    for (at, value) in [
+        (12, 4),
+        (12, 0xff),
+        (32, 0x80),
+        (40, 3),
+        (40, 0),
+        (68, 4),
+        (72, 3),
+        (78, 1),
+    ] {
+        let mut bytes = encoded(&state(), &[]);
+        bytes.truncate(HEADER_BYTES);
+        bytes[at] = value;
+        seal(&mut bytes);
+        assert!(decoded(&bytes).is_err(), "byte {at} = {value}");
+    }
+    let mut bytes = encoded(&state(), &[]);
+    bytes[8] = 2;
+    assert!(matches!(
+        decoded(&bytes),
+        Err(Error::SavedVersion { found: 2, known: 1 })
+    ));
+}
+
+proptest! {
+    #[test]
+    fn what_is_written_is_read(
+        gaps in prop::collection::vec((1u64..1 << 20, 1u64..1 << 20), 0..50),
+        words in any::<(u64, u32, u32, u32, u32, u32, u32)>(),
+        kinds in any::<[Option<Option<(u16, u16)>>; 5]>(),
+        stands in 0u32..4,
+    ) {
+        let mut at = 0;
+        let runs: Vec<_> = gaps.into_iter().map(|(gap, pages)| {
+            let start = at + gap;
+            at = start + pages;
+            range(start, at)
+        }).collect();
+        let queues = kinds.map(|kind| kind.map(|ring| match ring {
+            None => SavedQueue::Elements,
+            Some((next_avail, next_used)) => SavedQueue::Ring {
+                position: QueuePosition { next_avail, next_used },
+            },
+        }));
+        let (features, num_pages, actual, poison_val, hint_id, reset_id, reset_ack) = words;
+        let state = SavedState {
+            state: [DeviceState::Configuring, DeviceState::Active, DeviceState::Paused, DeviceState::NeedsReset]
+                [stands as usize],
+            offered: u64::MAX,
+            negotiated: Some(features),
+            config: SavedConfig { num_pages, actual, poison_val, reset_id, reset_ack }, hint_id, queues,
+        };
+        prop_assert_eq!(decoded(&encoded(&state, &runs)).unwrap(), (state, runs));
+    }
+
+    /// A sender who knows the checksum: refused or read, never a panic, and what is read is in order.
+    #[test]
+    fn sealed_noise_does_no_harm(
+        noise in prop::collection::vec(any::<u8>(), 0..200),
+        patches in prop::collection::vec((8usize..HEADER_BYTES, any::<u8>()), 0..4),
+    ) {
+        let mut bytes = encoded(&state(), &[]);
+        bytes.truncate(HEADER_BYTES);
+        for (at, value) in patches {
+            bytes[at] = value;
+        }
+        bytes.extend(noise);
+        seal(&mut bytes);
+        if let Ok((_, runs)) = decoded(&bytes) {
+            for pair in runs.windows(2) {
+                prop_assert!(pair[0].end < pair[1].start);
+            }
+        }
+    }
+}

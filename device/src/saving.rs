@@ -1,0 +1,153 @@
+//! Saving a device and restoring it elsewhere (requirement S13).
+//!
+//! Saving takes the service lock, so nothing is in flight (I2): every chain that was popped is completed,
+//! but for a held stats buffer, which counts as not taken yet. Restoring checks all of the untrusted bytes
+//! before it changes anything, and the books balance afterwards (I4).
+
+use crate::balloon::{bump, in_regions};
+use crate::device::{Device, DeviceState, QueuePosition};
+use crate::error::{Error, Result};
+use crate::history::HistoryEvent;
+use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory};
+use crate::pages::ownership::Ownership;
+use crate::protocol::virtio_balloon::{Features, QUEUES, SavedConfig};
+use crate::saved_state::{self, Runs, SavedQueue, SavedState};
+use std::sync::atomic::Ordering;
+
+impl Device {
+    /// The device as bytes, for [`Self::restore`] by another process or host. Allowed in every state; of
+    /// use is what was saved while the device was paused, as the guest goes on otherwise. Waits until
+    /// nothing is in flight.
+    ///
+    /// Inhibits, statistics and what [`Self::set_stats_interval`] set are not in it: they belong to the
+    /// VMM. Neither are elements that were not served, which the VMM has to keep.
+    #[must_use]
+    pub fn save(&self) -> Vec<u8> {
+        let shared = &self.shared;
+        let mut service = shared.service.lock();
+        if let Some(balloon) = &mut service.balloon {
+            // What waits to be discarded must not outlive the device's turn as the owner.
+            balloon.drain(&shared.books);
+        }
+        let held = shared.stats.held();
+        let queues = service.saved_queues(held);
+        let wanted = shared.wanted_bytes.load(Ordering::Acquire);
+        let state = SavedState {
+            state: service.state,
+            offered: shared.offered.bits(),
+            negotiated: service.features.map(|features| features.bits()),
+            config: SavedConfig {
+                // What was asked for, which may be more than this guest's memory can give.
+                num_pages: u32::try_from(wanted >> BALLOON_PAGE_SHIFT).unwrap_or(u32::MAX),
+                ..shared.config.save()
+            },
+            hint_id: shared.hints.id(),
+            queues,
+        };
+        saved_state::encode(&state, |each| {
+            if let Some(balloon) = &service.balloon {
+                balloon.runs(each);
+            }
+        })
+    }
+
+    /// Takes over what [`Self::save`] wrote: features, target, the configuration space and the balloon.
+    /// The device has to be new or reset, with a memory table that has all ballooned pages.
+    ///
+    /// Then start the queues where [`Self::saved_position`] says, and activate; the driver notices
+    /// nothing but a configuration-change interrupt. If a device was saved that needs a reset, so does
+    /// this one. A round of hints that was running is done.
+    ///
+    /// # Errors
+    /// Refuses bytes that are damaged or of another version, selected features that this device does not
+    /// offer, pages that are not in memory, and devices that have started. The device is as before then.
+    pub fn restore(&self, bytes: &[u8]) -> Result<()> {
+        let shared = &self.shared;
+        let mut service = shared.service.lock();
+        if service.state != DeviceState::Configuring || service.started() != 0 {
+            return Err(Error::AlreadyStarted("the device"));
+        }
+        let Some(balloon) = &mut service.balloon else {
+            return Err(Error::NotReady("set the memory table"));
+        };
+        let (saved, runs) = saved_state::decode(bytes)?;
+        let offered = shared.offered.bits();
+        let mut needed = saved.negotiated.unwrap_or(0);
+        if (saved.config.reset_id, saved.config.reset_ack) != (0, 0) {
+            needed |= Features::HOST_RESET.bits();
+        }
+        let unsupported = needed & !offered;
+        if unsupported != 0 {
+            return Err(Error::Features {
+                unsupported,
+                offered,
+            });
+        }
+        let ownership = own(balloon.memory(), runs)?;
+
+        // From here on nothing can fail.
+        balloon.restore(ownership, &shared.books);
+        service.features = saved.negotiated.map(Features::from_bits_retain);
+        let mut positions = [None; QUEUES as usize];
+        for (position, queue) in positions.iter_mut().zip(saved.queues) {
+            if let Some(SavedQueue::Ring { position: saved }) = queue {
+                *position = Some(saved);
+            }
+        }
+        service.restored = Some(positions);
+        if saved.state == DeviceState::NeedsReset {
+            service.state = DeviceState::NeedsReset;
+        }
+        if shared.config.restore(saved.config) {
+            // So that asked is never below acknowledged in this device's books.
+            shared
+                .books
+                .enter(|entry| bump(&mut entry.device().host_resets, 1));
+        }
+        shared.hints.restore(&shared.config, saved.hint_id);
+        shared.show(&service);
+        let wanted = u64::from(saved.config.num_pages) << BALLOON_PAGE_SHIFT;
+        shared.wanted_bytes.store(wanted, Ordering::Release);
+        shared.show_target();
+        shared.record(HistoryEvent::Restored);
+        drop(service);
+        shared.signal_config();
+        Ok(())
+    }
+
+    /// Where the ring of a queue goes on that was started when the restored state was saved. Forgotten
+    /// at the next reset.
+    ///
+    /// # Errors
+    /// Nothing was restored, or that queue was not started as a ring.
+    pub fn saved_position(&self, index: u16) -> Result<QueuePosition> {
+        let service = self.shared.service.lock();
+        let positions = service.restored.iter().flatten();
+        let position = positions.copied().nth(usize::from(index)).flatten();
+        let index = u32::from(index);
+        position.ok_or(Error::NoQueue { index })
+    }
+}
+
+/// The bitmaps that the runs say, if all of them are in memory that can be ballooned.
+fn own(memory: &GuestMemory, runs: Runs<'_>) -> Result<Ownership> {
+    let mut ownership = Ownership::new(memory);
+    for run in runs {
+        let run = run?;
+        let mut lost = 0;
+        lost += in_regions(memory, run, |index, region, part| {
+            match ownership.region(index).filter(|_| !region.readonly) {
+                Some(bitmap) => bitmap.insert(part, |_| ()),
+                None => lost += part.pages(),
+            }
+        });
+        if lost > 0 {
+            return Err(Error::OutOfRange {
+                what: "a run of ballooned pages in the saved state",
+                address: run.start.0 << BALLOON_PAGE_SHIFT,
+                len: run.bytes(),
+            });
+        }
+    }
+    Ok(ownership)
+}
