@@ -54,8 +54,18 @@ fn backend(devices: usize) -> Backend {
 impl Scene {
     /// Boots a guest, unless it cannot be had and tests may be skipped.
     fn new(test: &str, configure: impl FnOnce(UmlConfig) -> UmlConfig) -> Option<Self> {
+        Self::with_options(test, &[], configure)
+    }
+
+    /// As [`Self::new`], on a back-end with these options.
+    fn with_options(
+        test: &str,
+        options: &'static [&'static str],
+        configure: impl FnOnce(UmlConfig) -> UmlConfig,
+    ) -> Option<Self> {
         Prerequisites::find_or_skip(test)?;
-        let backend = backend(1);
+        let backend = Backend::start_with(&artifacts::vhost_user_backend(), 1, options)
+            .unwrap_or_else(|error| panic!("{error}"));
         let guest = UmlGuest::boot(&configure(config(&backend, 0)))
             .unwrap_or_else(|error| panic!("{error}\nthe back-end said:\n{}", backend.log()));
         let control = backend.control(0).unwrap();
@@ -209,10 +219,13 @@ fn deflate_gives_everything_back_for_use() {
 }
 
 /// A2 the target is an upper bound; A1 `actual` may stay below it; J2 is the reclaimer's to keep, not
-/// the device's: a guest that is asked for all it has lives, and gets it back.
+/// the device's: a guest that is asked for all it has, and may help itself when it runs out of memory
+/// (DEFLATE_ON_OOM), lives and gets it back.
 #[test]
 fn a_target_that_cannot_be_reached_does_no_harm() {
-    let Some(mut scene) = Scene::without_reporting("unreachable target") else {
+    let options = &["--features", "default,deflate-on-oom"];
+    let scene = Scene::with_options("unreachable target", options, UmlConfig::without_reporting);
+    let Some(mut scene) = scene else {
         return;
     };
     let set = scene.fill();

@@ -21,7 +21,7 @@ const CMD_STOP: u32 = 0;
 pub(crate) const CMD_DONE: u32 = 1;
 /// The first id of a round.
 const FIRST_ID: u32 = 2;
-/// Ranges kept for the VMM. Hints beyond them are dropped and counted, which only costs the VMM some
+/// Ranges kept for the VMM. Hints beyond them are dropped, which only costs the VMM some
 /// copying: a guest's numbers must not grow our memory (I3).
 const MAX_RANGES: usize = 1 << 16;
 /// Chains taken in one turn.
