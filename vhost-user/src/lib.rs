@@ -24,7 +24,7 @@ use crate::channel::ChannelError;
 use crate::cli::Arguments;
 use crate::listener::Listener;
 use crate::session::SessionError;
-use crate::vm::{Offer, Vm};
+use crate::vm::Vm;
 use crate::wake::{Wake, is_ready, wait};
 use aerostat_device::{Runtime, RuntimeConfig};
 use clap::Parser;
@@ -77,7 +77,7 @@ pub fn serve_one(runtime: &Arc<Runtime>, front_end: UnixStream) {
         installed.and_then(|()| Wake::new()).ok()
     });
     if let Some(shutdown) = shutdown {
-        let vm = Vm::new(String::from("fuzz"), Arc::clone(runtime), Offer::default());
+        let vm = Vm::new(String::from("fuzz"), Arc::clone(runtime), crate::vm::Offer::default());
         // Whatever a front-end says ends its session at worst.
         let _ = session::serve(&vm, front_end, shutdown.as_fd());
     }
