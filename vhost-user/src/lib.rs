@@ -70,6 +70,7 @@ pub fn main() -> ExitCode {
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub fn serve_one(runtime: &Arc<Runtime>, front_end: UnixStream) {
+    use crate::vm::Offer;
     use std::sync::OnceLock;
     static SHUTDOWN: OnceLock<Option<Wake>> = OnceLock::new();
     let shutdown = SHUTDOWN.get_or_init(|| {
@@ -77,7 +78,7 @@ pub fn serve_one(runtime: &Arc<Runtime>, front_end: UnixStream) {
         installed.and_then(|()| Wake::new()).ok()
     });
     if let Some(shutdown) = shutdown {
-        let vm = Vm::new(String::from("fuzz"), Arc::clone(runtime), crate::vm::Offer::default());
+        let vm = Vm::new(String::from("fuzz"), Arc::clone(runtime), Offer::default());
         // Whatever a front-end says ends its session at worst.
         let _ = session::serve(&vm, front_end, shutdown.as_fd());
     }
