@@ -1,5 +1,6 @@
 //! What a worker does with a device, and the state that it needs the lock for.
 
+mod elements;
 mod turnstile;
 
 use crate::balloon::{Balloon, bump};
@@ -25,9 +26,6 @@ use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 use turnstile::Turnstile;
-
-/// The most elements that may wait for a device. VMMs have at most a queue's worth outstanding.
-const MAX_WAITING_ELEMENTS: usize = 1 << 16;
 
 /// How many broken queues of a device are worth a warning each: a guest that breaks them and resets
 /// its device for ever must not be able to fill a log (I3).
@@ -496,85 +494,6 @@ impl Shared {
         if set_up {
             self.record(HistoryEvent::Reset);
         }
-    }
-
-    pub(crate) fn submit(&self, elements: Vec<Element>) -> Result<()> {
-        let count = elements.len();
-        let waiting = self.outstanding.fetch_add(count, Ordering::AcqRel);
-        if waiting + count > MAX_WAITING_ELEMENTS {
-            self.outstanding.fetch_sub(count, Ordering::AcqRel);
-            return Err(Error::Full(waiting));
-        }
-        let mut queues = 0;
-        for element in elements {
-            queues |= 1u32.checked_shl(u32::from(element.queue)).unwrap_or(0);
-            // The receiver is ours: the channel is open.
-            let _ = self.submitted.0.send(element);
-        }
-        if self.wake(queues & ((1 << QUEUES) - 1))
-            && let Some(this) = self.this.upgrade()
-        {
-            self.pool.submit(self.home.load(Ordering::Relaxed), this);
-        }
-        Ok(())
-    }
-
-    /// Moves submitted elements to their queues; those without a queue go back.
-    fn accept_elements(&self, service: &mut Service) {
-        let mut unwanted = false;
-        while let Ok(element) = self.submitted.1.try_recv() {
-            match service.queue(element.queue) {
-                Some(Queue {
-                    source: Source::Elements(queue),
-                    ..
-                }) => {
-                    queue.waiting.push_back(element);
-                }
-                _ => {
-                    let Element { token, queue, .. } = element;
-                    let back = Completion {
-                        token,
-                        queue,
-                        written: 0,
-                        served: false,
-                    };
-                    let _ = self.completed.0.send(back);
-                    unwanted = true;
-                }
-            }
-        }
-        if let Some(event) = self.completion_event.as_ref().filter(|_| unwanted) {
-            event.signal();
-        }
-    }
-
-    /// Serves all elements that were submitted: a VMM that pauses wants them back.
-    pub(crate) fn finish_elements(&self, service: &mut Service) {
-        self.accept_elements(service);
-        let mut scratch = Scratch::default();
-        let waiting = |service: &Service| {
-            let queues = service.queues.iter().flatten();
-            queues
-                .map(|queue| queue.source.waiting_elements())
-                .sum::<usize>()
-        };
-        let mut left = waiting(service);
-        while left > 0 {
-            // Element queues cannot break. Elements of a queue without a role stay for the reset.
-            let _ = service.run(service.element_queues(), self, &mut scratch);
-            let before = std::mem::replace(&mut left, waiting(service));
-            if left == before {
-                break;
-            }
-        }
-        self.show(service);
-    }
-
-    pub(crate) fn completions(&self, max: usize, into: &mut Vec<Completion>) {
-        let before = into.len();
-        into.extend(self.completed.1.try_iter().take(max));
-        self.outstanding
-            .fetch_sub(into.len() - before, Ordering::AcqRel);
     }
 
     /// Notes work; true if the caller has to bring the device to a worker.
