@@ -8,7 +8,6 @@
 //! - `handle`: opaque pointers that C owns;
 //! - `versioned`: structures that start with their own size and may grow;
 //! - `fd`: file descriptors that C lends;
-//! - `signals`: keeps the VMM's signals away from the library's threads.
 //!
 //! Rust names equal the C names, so one search finds both sides. Rust tests may use this crate as a
 //! library for its types; the symbols they should take from the built shared object.
@@ -24,7 +23,6 @@
 mod boundary;
 mod fd;
 mod handle;
-mod signals;
 mod versioned;
 
 // The nouns, in the order in which the header tells of them.

@@ -3,7 +3,6 @@
 
 use crate::boundary::{Refusal, call, call_unit, check_flags, check_reserved};
 use crate::handle::{self, Handle, Slot};
-use crate::signals::Blocked;
 use crate::versioned::{self, Versioned};
 use ::aerostat_device::{Runtime, RuntimeConfig};
 use std::ffi::c_int;
@@ -69,11 +68,9 @@ pub unsafe extern "C" fn aerostat_runtime_new(
         let config = unsafe { versioned::read(config) }?;
         check_flags("aerostat_runtime_config.flags", config.flags, 0)?;
         check_reserved("aerostat_runtime_config.reserved", config.reserved.into())?;
-        let signals = Blocked::new();
         let runtime = Runtime::new(&RuntimeConfig {
             workers_per_node: config.workers_per_node,
         })?;
-        drop(signals);
         slot.fill(aerostat_runtime { runtime });
         Ok(())
     })

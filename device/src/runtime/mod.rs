@@ -9,6 +9,7 @@
 //! System calls of the workers (for seccomp filters): epoll_wait, read, write, futex, madvise,
 //! process_madvise, fallocate, sendto, timerfd_settime, rt_sigprocmask, sched_setaffinity, sched_yield, clock_gettime, mmap, munmap, exit.
 
+mod signals;
 mod timer;
 mod topology;
 mod worker;
@@ -70,6 +71,7 @@ impl Runtime {
             capabilities,
             threads: Vec::new(),
         };
+        let _blocked = signals::Blocked::new();
         for (station, count) in counts.iter().enumerate() {
             for number in 0..*count {
                 // Dropping `runtime` on an error stops the threads that run already.

@@ -364,31 +364,12 @@ fn run_caught(part: Part) {
     }
 }
 
-/// Keeps the process's signals away from this thread: handling them is the VMM's business, and a pipe
-/// without a reader must not raise SIGPIPE.
-///
-/// Not those of faults: the kernel kills a process for a fault whose signal is blocked, although a
-/// handler may know what to do. Guest memory whose file was made shorter raises SIGBUS here.
-fn block_signals() {
-    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigfillset initialises the set that the other calls then read and change; the mask
-    // changed is this thread's own.
-    unsafe {
-        libc::sigfillset(set.as_mut_ptr());
-        for fault in [libc::SIGBUS, libc::SIGSEGV, libc::SIGFPE, libc::SIGILL] {
-            libc::sigdelset(set.as_mut_ptr(), fault);
-        }
-        libc::pthread_sigmask(libc::SIG_SETMASK, set.as_ptr(), std::ptr::null_mut());
-    }
-}
-
 /// Starts a worker of the station at index `station`.
 pub(super) fn spawn(pool: &Arc<Pool>, station: usize, number: u32) -> Result<JoinHandle<()>> {
     let pool = Arc::clone(pool);
     std::thread::Builder::new()
         .name(format!("aerostat-{station}.{number}"))
         .spawn(move || {
-            block_signals();
             if let Some(node) = pool.host.nodes.get(station) {
                 pool.host.bind_current_thread(node);
             }

@@ -2,7 +2,9 @@
 //!
 //! Threads inherit the mask of the thread that starts them, so it is set around that. Signals that
 //! a fault raises stay open: blocked, they would kill the process past the VMM's handlers (SIGBUS
-//! of memory with hardware errors, for instance).
+//! of memory with hardware errors, or of guest memory whose file was made shorter).
+//!
+//! A pipe without a reader cannot raise SIGPIPE in these threads either.
 #![allow(unsafe_code, reason = "calls pthread_sigmask")]
 
 use std::mem::MaybeUninit;
