@@ -383,14 +383,16 @@ impl Balloon {
         let pinned = |piece: &Piece| regions.get(piece.region).is_some_and(|r| r.pinned);
         let skipped = |piece: &Piece| self.inhibited || pinned(piece);
         if !self.inhibited && !self.has_pinned() {
-            return carry_out_pieces(&self.memory, &self.discarder, pieces, account, books);
+            let (memory, discarder) = (&self.memory, &self.discarder);
+            return carry_out(memory, discarder, pieces, pieces, account, books);
         }
         let free: Vec<_> = pieces
             .iter()
             .filter(|piece| !skipped(piece))
             .copied()
             .collect();
-        carry_out_pieces(&self.memory, &self.discarder, &free, account, books);
+        let (memory, discarder) = (&self.memory, &self.discarder);
+        carry_out(memory, discarder, &free, &free, account, books);
         books.enter(|entry| {
             for piece in pieces.iter().filter(|piece| skipped(piece)) {
                 let flow = account.of(entry.node(self.node(piece)));
@@ -404,17 +406,6 @@ impl Balloon {
             }
         });
     }
-}
-
-/// Discards pieces that are not bridged.
-fn carry_out_pieces(
-    memory: &Arc<GuestMemory>,
-    discarder: &Discarder,
-    pieces: &[Piece],
-    account: Account,
-    books: &Books,
-) {
-    carry_out(memory, discarder, pieces, pieces, account, books);
 }
 
 /// Discards `bridged` and enters what became of `exact`, all of which were pending.

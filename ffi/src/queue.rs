@@ -74,6 +74,16 @@ pub struct aerostat_queue_position {
     pub reserved: [u64; 3],
 }
 
+impl From<QueuePosition> for aerostat_queue_position {
+    fn from(position: QueuePosition) -> Self {
+        Self {
+            next_avail: position.next_avail,
+            next_used: position.next_used,
+            ..Self::default()
+        }
+    }
+}
+
 // SAFETY: integers only, the size first.
 unsafe impl Versioned for aerostat_queue_position {
     const NAME: &'static str = "aerostat_queue_position";
@@ -157,11 +167,7 @@ pub unsafe extern "C" fn aerostat_device_stop_queue(
         // SAFETY: NULL, or as long as its size says (the header's rule for pointers).
         let out = unsafe { Output::new(out) }?;
         let position = device.stop_queue(queue_index(index)?)?;
-        out.fill(&aerostat_queue_position {
-            next_avail: position.next_avail,
-            next_used: position.next_used,
-            ..Default::default()
-        });
+        out.fill(&position.into());
         Ok(0)
     })
 }

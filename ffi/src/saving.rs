@@ -120,11 +120,7 @@ pub unsafe extern "C" fn aerostat_device_saved_position(
         // SAFETY: NULL, or as long as its size says (the header's rule for pointers).
         let out = unsafe { Output::new(out) }?;
         let position = device.saved_position(queue_index(index)?)?;
-        out.fill(&aerostat_queue_position {
-            next_avail: position.next_avail,
-            next_used: position.next_used,
-            ..Default::default()
-        });
+        out.fill(&position.into());
         Ok(0)
     })
 }

@@ -12,42 +12,34 @@ pub(crate) type Named = [(&'static str, u64); COUNT];
 /// Counters in total and by host node; the last entry is what belongs to no known node.
 #[derive(Clone, Debug)]
 pub(crate) struct Books {
-    pub(crate) total: Named,
-    pub(crate) nodes: Vec<(Option<NodeId>, Named)>,
+    pub(crate) total: Counters,
+    pub(crate) nodes: Vec<(Option<NodeId>, Counters)>,
 }
 
 impl Books {
     /// Empty books for `nodes` host nodes.
     pub(crate) fn new(nodes: u32) -> Self {
-        let zero = named(&Counters::default());
         let ids = (0..nodes).map(|id| Some(NodeId(id))).chain([None]);
         Self {
-            total: zero,
-            nodes: ids.map(|id| (id, zero)).collect(),
+            total: Counters::default(),
+            nodes: ids.map(|id| (id, Counters::default())).collect(),
         }
     }
 
     /// These books and those of a device.
     pub(crate) fn plus(mut self, device: &Device) -> Self {
-        add(&mut self.total, &device.counters());
+        self.total = self.total + device.counters();
         for (id, sum) in &mut self.nodes {
             if let Ok(counters) = device.node_counters(*id) {
-                add(sum, &counters);
+                *sum = *sum + counters;
             }
         }
         self
     }
 }
 
-fn add(sum: &mut Named, counters: &Counters) {
-    for ((_, sum), (_, value)) in sum.iter_mut().zip(named(counters)) {
-        // The guest decides how fast they grow.
-        *sum = sum.wrapping_add(value);
-    }
-}
-
 /// Names the counters. They are taken apart in full, so that a new one cannot be forgotten here.
-fn named(counters: &Counters) -> Named {
+pub(crate) fn named(counters: &Counters) -> Named {
     let Counters {
         balloon,
         report,
@@ -177,10 +169,11 @@ mod tests {
             config_errors: u64::MAX,
             ..Counters::default()
         };
-        let mut sum = Books::new(1).total;
-        add(&mut sum, &counters);
-        add(&mut sum, &counters);
-        let nonzero: Vec<_> = sum.into_iter().filter(|(_, value)| *value != 0).collect();
+        let sum = Books::new(1).total + counters + counters;
+        let nonzero: Vec<_> = named(&sum)
+            .into_iter()
+            .filter(|(_, value)| *value != 0)
+            .collect();
         assert_eq!(
             nonzero,
             [

@@ -1,10 +1,10 @@
 //! What the control socket shows: numbers under the names that the documentation gives them.
 
-use crate::books::Named;
+use crate::books::named;
 use crate::features;
 use crate::vm::{Snapshot, VmState};
 use aerostat_device::memory::{BALLOON_PAGE_BYTES, PfnRange};
-use aerostat_device::{GuestStats, HintState, HistoryEntry, HistoryEvent};
+use aerostat_device::{Counters, GuestStats, HintState, HistoryEntry, HistoryEvent};
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -60,10 +60,10 @@ fn state(state: VmState) -> &'static str {
     }
 }
 
-fn counters(counters: &Named) -> Value {
-    counters
-        .iter()
-        .map(|(name, value)| ((*name).to_owned(), Value::from(*value)))
+fn counters(counters: &Counters) -> Value {
+    named(counters)
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), Value::from(value)))
         .collect::<Map<_, _>>()
         .into()
 }
