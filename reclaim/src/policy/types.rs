@@ -9,6 +9,8 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+use super::reason::Reason;
+
 /// A host memory node.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
@@ -57,13 +59,17 @@ impl From<&str> for VmId {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
-    /// The operator's target holds; a policy never changes it, except back down to keep the floor.
+    /// The operator's target holds; a policy never changes it, except down to keep the configured
+    /// floor.
     Manual,
     /// The operator's target holds, and memory is given back when the guest is in distress.
     FloorOnly,
-    /// The policy decides; an operator's target is where it starts.
+    /// The policy decides; an operator's target is what it returns to when memory is plentiful.
     #[default]
     Auto,
+    /// As auto, and what the guest has above its floor is on loan: it moves between fluid guests
+    /// in small steps by present need, whether or not the host is short (J7).
+    Fluid,
 }
 
 /// What the hypervisor of a VM can do with its memory besides ballooning (J5).
@@ -213,6 +219,9 @@ pub struct VmSample {
     pub floor_bytes: u64,
     /// What the operator asked for by hand, if ever.
     pub manual_target_bytes: Option<u64>,
+    /// The operator said explicitly that `manual_target_bytes` may go below the floor (J2). It
+    /// speaks for [`Mode::Manual`] alone.
+    pub floor_override: bool,
     /// The guest's memory, balloon included (its boot size).
     pub memory_bytes: u64,
     /// What the VM occupies on the host (`memory.current`); `None` without a cgroup of its own.
@@ -250,6 +259,7 @@ impl VmSample {
             weight: 100,
             floor_bytes: 0,
             manual_target_bytes: None,
+            floor_override: false,
             memory_bytes,
             current_bytes: None,
             swap_current_bytes: None,
@@ -296,7 +306,7 @@ pub struct NodeTarget {
 
 /// What to do with one VM. The engine turns it into steps that keep the books (I5): limits are
 /// raised before a target falls, and lowered only by what has left `memory.current`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Decision {
     /// Which VM.
@@ -309,8 +319,8 @@ pub struct Decision {
     pub reclaim_bytes: u64,
     /// Memory left to the guest below which this decision would not have gone.
     pub floor_bytes: u64,
-    /// Inputs, rule and outcome, in one line.
-    pub reason: String,
+    /// Inputs, rule and outcome; one line when it is displayed.
+    pub reason: Reason,
 }
 
 /// A way to decide. The same state and sample give the same decisions: no clock, no file, no chance.
