@@ -5,4 +5,6 @@
 //! decides about it.
 
 pub mod policy;
+pub mod results;
+pub mod simulate;
 pub mod vm;

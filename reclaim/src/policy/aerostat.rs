@@ -108,7 +108,8 @@ pub struct Aerostat {
 /// What is remembered from round to round.
 #[derive(Clone, Debug, Default)]
 struct Memory {
-    states: HashMap<VmId, VmState>,
+    /// In the order of the last sample, which is nearly always that of the next one.
+    states: Vec<(VmId, VmState)>,
     round: u64,
     at: Option<Duration>,
     pressure: Option<Pressure>,
@@ -131,14 +132,10 @@ impl Policy for Aerostat {
     fn decide(&mut self, sample: &Sample) -> Vec<Decision> {
         let memory = &mut self.memory;
         memory.round += 1;
+        memory.line_up(&sample.vms);
         let round = round(&self.config, sample, memory);
         let mut plans: Vec<Plan<'_>> = Vec::with_capacity(sample.vms.len());
-        for vm in &sample.vms {
-            let state = match memory.states.get_mut(&vm.id) {
-                Some(state) => state,
-                None => memory.states.entry(vm.id.clone()).or_default(),
-            };
-            state.round = memory.round;
+        for (vm, (_, state)) in sample.vms.iter().zip(&mut memory.states) {
             plans.push(look(vm, state, &round));
         }
 
@@ -268,6 +265,21 @@ fn pending_bytes(plans: &[Plan<'_>]) -> u64 {
 }
 
 impl Memory {
+    /// Brings the states into the order of the VMs: new ones begin, those that have gone are
+    /// forgotten.
+    fn line_up(&mut self, vms: &[VmSample]) {
+        let known = self.states.iter().map(|(id, _)| id);
+        if known.eq(vms.iter().map(|vm| &vm.id)) {
+            return;
+        }
+        let mut known: HashMap<VmId, VmState> = self.states.drain(..).collect();
+        let states = vms.iter().map(|vm| {
+            let state = known.remove(&vm.id).unwrap_or_default();
+            (vm.id.clone(), state)
+        });
+        self.states = states.collect();
+    }
+
     /// Gives back to guests in distress; returns what the reserve did not hold for them.
     fn give_back(&mut self, round: &Round<'_>, plans: &mut [Plan<'_>]) -> u64 {
         let config = round.config;
@@ -278,7 +290,7 @@ impl Memory {
             };
             // What it was still asked for is cancelled; it asks on top of that.
             let base = plan.vm.target_bytes.min(plan.vm.ballooned_bytes);
-            let Some(state) = self.states.get_mut(&plan.vm.id) else {
+            let Some((_, state)) = self.states.get_mut(index) else {
                 continue;
             };
             let to_floor = base.saturating_sub(plan.guest.most_ballooned_bytes(plan.vm));
@@ -299,14 +311,12 @@ impl Memory {
     fn finish(&mut self, round: &Round<'_>, plans: Vec<Plan<'_>>) -> Vec<Decision> {
         let at = round.sample.at;
         let mut decisions = Vec::with_capacity(plans.len());
-        for mut plan in plans {
+        for (mut plan, (_, state)) in plans.into_iter().zip(&mut self.states) {
             keep_floor(&mut plan);
-            if let Some(state) = self.states.get_mut(&plan.vm.id) {
-                if plan.settled {
-                    state.remember(plan.vm, plan.target_bytes, at);
-                } else {
-                    state.settle(plan.vm, plan.target_bytes, at);
-                }
+            if plan.settled {
+                state.remember(plan.vm, plan.target_bytes, at);
+            } else {
+                state.settle(plan.vm, plan.target_bytes, at);
             }
             let node_targets: Vec<NodeTarget> = nodes::targets(&plan);
             decisions.push(Decision {
@@ -317,10 +327,6 @@ impl Memory {
                 floor_bytes: plan.guest.floor_bytes,
                 reason: plan.reason,
             });
-        }
-        if self.states.len() > round.sample.vms.len() {
-            let number = round.number;
-            self.states.retain(|_, state| state.round == number);
         }
         self.at = Some(at);
         self.pressure = round.sample.host.pressure;

@@ -180,7 +180,7 @@ impl PolicyConfig {
                 "above 0, at most 100",
             ));
         }
-        if !(self.major_faults_per_second >= 0.0) {
+        if !(0.0..=f64::MAX).contains(&self.major_faults_per_second) {
             let key = "major-faults-per-second";
             return Err(wrong(key, self.major_faults_per_second, "0 or more"));
         }

@@ -39,8 +39,6 @@ impl Counters {
 pub(super) struct VmState {
     /// It has been in a sample before.
     pub(super) seen: bool,
-    /// Round of the policy in which it was last seen.
-    pub(super) round: u64,
     at: Duration,
     /// The target as it was left by the last decision.
     pub(super) target_bytes: u64,

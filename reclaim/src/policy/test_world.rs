@@ -42,11 +42,15 @@ pub(super) fn sample(available_bytes: u64, vms: Vec<VmSample>) -> Sample {
 }
 
 impl VmSample {
-    /// Puts this much into the balloon: free memory first, then caches.
+    /// Puts this many MiB into the balloon: free memory first, then caches.
     pub(super) fn set_balloon(&mut self, ballooned: u64) {
+        self.set_balloon_bytes(ballooned * MIB);
+    }
+
+    fn set_balloon_bytes(&mut self, ballooned_bytes: u64) {
         let before = self.left_bytes();
-        self.target_bytes = ballooned * MIB;
-        self.ballooned_bytes = ballooned * MIB;
+        self.target_bytes = ballooned_bytes;
+        self.ballooned_bytes = ballooned_bytes;
         let left = self.left_bytes();
         let guest = &mut self.guest;
         let used = before.saturating_sub(guest.available_bytes.unwrap_or(0));
@@ -94,10 +98,7 @@ impl World {
             if decision.target_bytes != vm.target_bytes {
                 self.directions[index].push(decision.target_bytes > vm.target_bytes);
             }
-            let target = decision.target_bytes;
-            vm.set_balloon(target / MIB);
-            vm.target_bytes = target;
-            vm.ballooned_bytes = target;
+            vm.set_balloon_bytes(decision.target_bytes);
         }
         self.sample.at += Duration::from_secs(1);
         decisions
