@@ -1,9 +1,6 @@
 //! The host VM by itself: that the harness other tests stand on gives them the host they asked for.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "the helpers of a test fail like the test"
-)]
+#![expect(clippy::panic, reason = "the helpers of a test fail like the test")]
 
 use aerostat_tests::host_vm::{HostVmConfig, run_tests};
 
