@@ -122,3 +122,14 @@ fn results_are_a_table_and_three_plots() {
         "{table}"
     );
 }
+
+/// Prints what `aerostatd simulate` prints: `cargo test -p aerostat-reclaim shown -- --ignored --nocapture`.
+#[test]
+#[ignore = "for reading, not for checking"]
+fn all_rules_are_shown_on_the_small_scenarios() {
+    for name in ["builds", "offset-peaks", "mixed"] {
+        let scenario = Scenario::load(name).unwrap();
+        let runs = simulate(&scenario, 1).unwrap();
+        println!("{}\n{}", heading(&scenario), results::table(&runs));
+    }
+}
