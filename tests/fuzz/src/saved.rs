@@ -189,7 +189,7 @@ fn seal(bytes: &mut [u8]) {
     for byte in covered.iter() {
         crc ^= u32::from(*byte);
         for _ in 0..8 {
-            crc = crc >> 1 ^ 0xedb8_8320 * (crc & 1);
+            crc = (crc >> 1) ^ (0xedb8_8320 * (crc & 1));
         }
     }
     *place = (!crc).to_le_bytes();

@@ -43,10 +43,11 @@ impl Run<'_> {
         self.terms.broken = state == DeviceState::NeedsReset;
         for (queue, started) in (0..).zip(started) {
             let Some(started) = started else { continue };
-            let from = match self.device.saved_position(queue) {
-                Ok(position) => position,
-                Err(_) if self.layout == Layout::Elements => QueuePosition::SPLIT_START,
-                Err(error) => panic!("queue {queue} was started: {error}"),
+            let from = if self.layout == Layout::Elements {
+                QueuePosition::SPLIT_START
+            } else {
+                let position = self.device.saved_position(queue);
+                position.expect("a queue that was started")
             };
             self.account(queue, started, from);
             if !self.terms.broken {
