@@ -345,6 +345,7 @@ fn map(spec: &Spec, at: usize) -> Region {
             Kind::Frames => FRAME_PAGES * PAGE as u64,
             _ => PAGE as u64,
         },
+        frame_bytes: 0,
         shared,
         readonly: spec.kind == Kind::Rom,
         pinned: spec.kind == Kind::Pinned,
