@@ -191,8 +191,9 @@ mod inside {
         for backing in BACKINGS {
             let vmm = Vmm::new()?;
             let guest = machine::boot(&vmm, backing, nodes)?;
-            // All of it waits, and is due at once when it is full.
+            // All of it waits, until the target is reached.
             let all = u64::from(nodes) * machine::SHARE;
+            guest.device().set_target(all)?;
             guest.device().set_write_behind(all, 60_000)?;
             for node in 0..nodes - 1 {
                 guest.driver().give(&machine::pages(node))?;
