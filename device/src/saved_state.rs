@@ -8,7 +8,7 @@
 use crate::device::{DeviceState, QueuePosition};
 use crate::error::{Error, Result};
 use crate::memory::{Pfn, PfnRange};
-use crate::protocol::virtio_balloon::{QUEUES, SavedConfig};
+use crate::protocol::virtio_balloon::{Features, QUEUES, SavedConfig};
 
 /// The first eight bytes.
 const MAGIC: [u8; 8] = *b"AEROSTAT";
@@ -168,6 +168,17 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(SavedState, Runs<'_>)> {
         *word = fields.u32()?;
     }
     let [num_pages, actual, poison_val, hint_id, reset_id, reset_ack] = words;
+    if reset_id != reset_ack {
+        if negotiated & Features::HOST_RESET.bits() == 0 {
+            return Err(bad("a host reset that the driver knows nothing of", 60));
+        }
+        if covered.len() > HEADER_BYTES {
+            return Err(bad(
+                "pages in a balloon that the host has reset",
+                HEADER_BYTES,
+            ));
+        }
+    }
     if fields.u32()? != u32::from(QUEUES) {
         return Err(bad("another number of queues", fields.at - 4));
     }

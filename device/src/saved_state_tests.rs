@@ -15,7 +15,7 @@ fn state() -> SavedState {
             actual: 900,
             poison_val: 0xaaaa_aaaa,
             reset_id: 9,
-            reset_ack: 8,
+            reset_ack: 9,
         },
         hint_id: 5,
         queues: [
@@ -72,11 +72,29 @@ fn the_layout_is_the_documented_one() {
     assert_eq!(&bytes[..16], b"AEROSTAT\x01\0\0\0\x02\0\0\0");
     assert_eq!(bytes[16..24], 123u64.to_le_bytes());
     assert_eq!(bytes[40..48], [1, 0, 0, 0, 0xe8, 3, 0, 0]);
-    assert_eq!(bytes[56..68], [5, 0, 0, 0, 9, 0, 0, 0, 8, 0, 0, 0]);
+    assert_eq!(bytes[56..68], [5, 0, 0, 0, 9, 0, 0, 0, 9, 0, 0, 0]);
     assert_eq!(bytes[68..80], [5, 0, 0, 0, 1, 0, 3, 0x80, 7, 0, 0, 0]);
     assert_eq!(bytes[80..88], [2, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(bytes[112..119], [0x80, 2, 0x80, 1, 0x80, 1, 1]);
     assert_eq!(bytes.len(), 123);
+}
+
+/// A saved state said so, was restored, and then had a balloon that was empty and full.
+#[test]
+fn a_pending_host_reset_means_that_it_was_negotiated_and_that_the_balloon_is_empty() {
+    let mut pending = state();
+    pending.config.reset_ack = 8;
+    assert!(decoded(&encoded(&pending, &[])).is_err(), "not negotiated");
+    let host_reset = Features::HOST_RESET.bits();
+    pending.offered |= host_reset;
+    pending.negotiated = pending.negotiated.map(|features| features | host_reset);
+    let bytes = encoded(&pending, &[]);
+    assert_eq!(bytes[60..68], [9, 0, 0, 0, 8, 0, 0, 0]);
+    assert_eq!(decoded(&bytes).unwrap().0, pending);
+    assert!(
+        decoded(&encoded(&pending, &[range(1, 2)])).is_err(),
+        "pages"
+    );
 }
 
 #[test]
@@ -179,6 +197,8 @@ proptest! {
             },
         }));
         let (features, num_pages, actual, poison_val, hint_id, reset_id, reset_ack) = words;
+        let pending = runs.is_empty() && features & Features::HOST_RESET.bits() != 0;
+        let reset_ack = if pending { reset_ack } else { reset_id };
         let state = SavedState {
             state: [DeviceState::Configuring, DeviceState::Active, DeviceState::Paused, DeviceState::NeedsReset]
                 [stands as usize],
