@@ -327,9 +327,8 @@ impl Model {
     /// Compares the contents of `pages`.
     pub(super) fn check_pages(&self, guest: &Guest, pages: impl Iterator<Item = u64>, what: &str) {
         // Not those of which it is not sure whether they were discarded.
-        let sure = |pfn: &u64| {
-            !self.unknown.contains(pfn) && !(self.waits && self.ballooned.contains(pfn))
-        };
+        let sure =
+            |pfn: &u64| !(self.unknown.contains(pfn) || self.waits && self.ballooned.contains(pfn));
         for pfn in pages.filter(sure) {
             let as_expected = match self.contents.get(&pfn) {
                 Some(seed) => guest.ram().page_is(pfn, |index| mix(seed ^ index)),
