@@ -20,7 +20,7 @@ fn cgroup_v2_in_a_host_vm() {
             .nodes(2)
             .swap_mib(512)
             .carry(artifacts::aerostatd()),
-        "inside::",
+        &["inside::"],
     );
 }
 
