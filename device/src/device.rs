@@ -590,8 +590,21 @@ impl Device {
     /// [`Error::Full`] when too many wait, and none of `elements` was taken then; the device has to
     /// be active.
     pub fn submit(&self, elements: Vec<Element>) -> Result<()> {
+        self.hand_over(elements, false)
+    }
+
+    /// As [`Self::submit`], and serves the device on the calling thread, for one turn, unless a worker is
+    /// with it: no other thread has to be woken, and the completions are there when this returns.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub fn submit_and_serve(&self, elements: Vec<Element>) -> Result<()> {
+        self.hand_over(elements, true)
+    }
+
+    fn hand_over(&self, elements: Vec<Element>, here: bool) -> Result<()> {
         match self.state() {
-            DeviceState::Active => self.shared.submit(elements),
+            DeviceState::Active => self.shared.submit(elements, here),
             DeviceState::Paused => Err(Error::Paused),
             DeviceState::Configuring => Err(Error::NotReady("activate the device")),
             DeviceState::NeedsReset => Err(Error::NotReady("reset the device")),
