@@ -27,7 +27,7 @@ use crate::session::SessionError;
 use crate::vm::Vm;
 use crate::wake::{Wake, is_ready, wait};
 use aerostat_device::{Runtime, RuntimeConfig};
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -64,6 +64,12 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The command line, for its manual page and for completion.
+#[must_use]
+pub fn command() -> clap::Command {
+    Arguments::command()
 }
 
 /// One session over `front_end` with a virtual machine of its own, until the other end is closed.
