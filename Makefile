@@ -2,8 +2,9 @@
 
 CARGO ?= cargo
 GUEST ?= auto
+PREFIX ?= /usr/local
 
-.PHONY: all setup build check test fuzz loom demo bench header clean help
+.PHONY: all setup build check test fuzz loom demo bench bench-vmm qemu install deb abi header clean help
 
 all: build
 
@@ -14,6 +15,11 @@ help:
 	@echo 'make fuzz    fuzz every target for FUZZ_SECONDS (60), TARGETS="split abi" some of them'
 	@echo 'make loom    models of the protocols between threads, in every order of threads'
 	@echo 'make bench   discard benchmarks against the per-page rival'
+	@echo 'make qemu    QEMU with the library'"'"'s balloon device, from Debian'"'"'s source package, in target/qemu'
+	@echo 'make bench-vmm  that device against QEMU'"'"'s own, in one QEMU with one guest'
+	@echo 'make install library, header, programs, manual pages: PREFIX=/usr/local, DESTDIR=, LIBDIR='
+	@echo 'make deb     a Debian package of the same, in target'
+	@echo 'make abi     take the ABI as it is now for the one that tests compare with'
 	@echo 'make header  regenerate include/aerostat.h after a change of ffi/'
 	@echo 'make build   libaerostat.so, libaerostat.a, aerostat-vhost-user (release)'
 	@echo 'make clean   remove all build products'
@@ -30,9 +36,11 @@ check: setup
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items
 
-# The library and the back-end are built first: tests run them as a VMM would, from target/debug.
+# The library and the back-end are built first: tests run them as a VMM would, from target/debug. QEMU
+# with the library's device takes some minutes the first time; it is kept in ~/.cache/aerostat.
 test: check
 	$(CARGO) build --workspace --exclude aerostat-fuzz
+	PROFILE=debug scripts/build-qemu
 	$(CARGO) test --workspace --no-fail-fast
 
 # Needs no nightly toolchain; see scripts/fuzz. What it finds is in target/fuzz.
@@ -49,6 +57,22 @@ demo: build
 
 bench: build
 	$(CARGO) bench --workspace --exclude aerostat-fuzz --bench discard
+
+qemu: build
+	scripts/build-qemu
+
+bench-vmm: qemu
+	$(CARGO) bench -p aerostat-tests --bench vmm
+
+# After "make build", so that only the copying needs root.
+install:
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' LIBDIR='$(LIBDIR)' scripts/install
+
+deb: build
+	scripts/build-deb
+
+abi: setup
+	AEROSTAT_WRITE_ABI=1 $(CARGO) test -p aerostat-tests --test abi
 
 header: setup
 	AEROSTAT_WRITE_HEADER=1 $(CARGO) test -p aerostat-ffi --test header
