@@ -1,10 +1,11 @@
-# make demo | test | bench | header | clean. Each target installs what it needs first (Debian).
+# make help tells what there is. Each target installs what it needs first (Debian).
 
 CARGO ?= cargo
 GUEST ?= auto
 PREFIX ?= /usr/local
+SOAK_SECONDS ?= 1800
 
-.PHONY: all setup build check test fuzz loom demo bench bench-vmm qemu install deb abi header clean help
+.PHONY: all setup build check test fuzz loom soak demo bench header clean bench-vmm qemu install deb abi help
 
 all: build
 
@@ -14,6 +15,7 @@ help:
 	@echo 'make check   lints only: formatting, clippy, documentation'
 	@echo 'make fuzz    fuzz every target for FUZZ_SECONDS (60), TARGETS="split abi" some of them'
 	@echo 'make loom    models of the protocols between threads, in every order of threads'
+	@echo 'make soak    64 guests and a VMM that does anything, for SOAK_SECONDS (1800)'
 	@echo 'make bench   discard benchmarks against the per-page rival'
 	@echo 'make qemu    QEMU with the library'"'"'s balloon device, from Debian'"'"'s source package, in target/qemu'
 	@echo 'make bench-vmm  that device against QEMU'"'"'s own, in one QEMU with one guest'
@@ -46,6 +48,11 @@ test: check
 # Needs no nightly toolchain; see scripts/fuzz. What it finds is in target/fuzz.
 fuzz: setup
 	scripts/fuzz $(TARGETS)
+
+# The seed that it prints runs the same sequence again: make soak AEROSTAT_SEED=...
+soak: setup
+	$(CARGO) build -p aerostat-ffi
+	AEROSTAT_SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test -p aerostat-tests --test vmm_soak -- --nocapture
 
 # In a directory of its own, since everything is built with another configuration.
 loom: setup

@@ -19,7 +19,8 @@
 //! - [`follower`]: the driver's work queue, following the target on a thread of its own;
 //! - [`working_set`]: pages whose contents are known and verified;
 //! - [`hostile`]: a driver that writes anything anywhere;
-//! - [`books`]: the device's counters, and whether they balance (I4).
+//! - [`books`]: the device's counters, and whether they balance (I4);
+//! - [`usage`]: what this process has of the host, to find what is not given back.
 
 pub mod allocator;
 pub mod books;
@@ -36,6 +37,7 @@ pub mod library;
 pub mod mapping;
 pub mod migration;
 pub mod ram;
+pub mod usage;
 pub mod vring;
 pub mod working_set;
 
