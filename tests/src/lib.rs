@@ -8,4 +8,5 @@ pub mod demo;
 pub mod guest;
 pub mod host_vm;
 pub mod qemu;
+pub mod reclaimer;
 pub mod vmm;
