@@ -3,13 +3,14 @@
 CARGO ?= cargo
 GUEST ?= auto
 
-.PHONY: all setup build check test fuzz loom demo bench header clean help
+.PHONY: all setup build check test suites fuzz loom demo bench header clean help
 
 all: build
 
 help:
 	@echo 'make demo    boot a real guest, inflate, deflate, show what the host got (GUEST=synthetic: no real guest)'
 	@echo 'make test    everything: lints, unit tests, C programs, test VMM, real guests'
+	@echo 'make suites  the suites of the test VMM once more, with packed rings and with write-behind'
 	@echo 'make check   lints only: formatting, clippy, documentation'
 	@echo 'make fuzz    fuzz every target for FUZZ_SECONDS (60), TARGETS="split abi" some of them'
 	@echo 'make loom    models of the protocols between threads, in every order of threads'
@@ -34,6 +35,16 @@ check: setup
 test: check
 	$(CARGO) build --workspace --exclude aerostat-fuzz
 	$(CARGO) test --workspace --no-fail-fast
+	$(MAKE) suites
+
+# What the suites of whole devices leave open, chosen otherwise (CONTRIBUTING.md, "Settings").
+SUITES := $(patsubst tests/tests/%.rs,--test %,$(wildcard tests/tests/vmm_*.rs))
+SETTINGS ?= packed write-behind packed,in-order,write-behind
+
+suites:
+	for settings in $(SETTINGS); do \
+		AEROSTAT_TEST_SETTINGS=$$settings $(CARGO) test -p aerostat-tests --no-fail-fast $(SUITES) || exit 1; \
+	done
 
 # Needs no nightly toolchain; see scripts/fuzz. What it finds is in target/fuzz.
 fuzz: setup

@@ -430,6 +430,7 @@ impl Shared {
                     packed: features.contains(Features::RING_PACKED),
                     indirect: features.contains(Features::INDIRECT_DESC),
                     event_idx: features.contains(Features::EVENT_IDX),
+                    in_order: features.contains(Features::IN_ORDER),
                 };
                 let places = [ring.desc, ring.avail, ring.used];
                 let memory = balloon.memory();

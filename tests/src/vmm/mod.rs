@@ -12,7 +12,8 @@
 //! - [`guest`]: a machine put together from these, step by step or booted at once;
 //! - [`migration`]: a guest moves to another device;
 //! - [`elements`]: the VMM's half of a virtqueue, for devices that are handed elements;
-//! - [`vring`]: the driver's half of a split ring;
+//! - [`vring`]: the driver's half of a ring, split or packed;
+//! - [`settings`]: what the suites run with beyond what a test says;
 //! - [`allocator`]: which pages the guest has in use;
 //! - [`driver`]: the balloon driver, as Linux has it;
 //! - [`hinting`]: its part that answers rounds of free page hints;
@@ -36,6 +37,7 @@ pub mod library;
 pub mod mapping;
 pub mod migration;
 pub mod ram;
+pub mod settings;
 pub mod vring;
 pub mod working_set;
 
