@@ -223,6 +223,7 @@ impl Device {
             Some(balloon) => balloon.set_memory(memory, &self.shared.books),
             none => {
                 let mut balloon = Balloon::new(memory, self.runtime.discarder());
+                balloon.heed(Arc::clone(self.shared.service.waiting()));
                 balloon.set_inhibited(inhibited, &self.shared.books);
                 *none = Some(balloon);
             }

@@ -1,6 +1,7 @@
 //! What a worker does with a device, and the state that it needs the lock for.
 
 mod elements;
+pub(crate) mod lock;
 mod turnstile;
 
 use crate::balloon::{Balloon, bump};
@@ -19,6 +20,7 @@ use crate::ring::{Ring, RingError, RingFeatures};
 use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable, Timer};
 use crate::saved_state::SavedQueue;
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use lock::ServiceLock;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -68,7 +70,7 @@ pub(crate) struct Shared {
     flush_due: Mutex<Option<Instant>>,
     /// Locked from when it is found out what is due next until it is set so.
     timer: Mutex<Timer>,
-    pub(crate) service: Mutex<Service>,
+    pub(crate) service: ServiceLock,
     /// The station that serves the device: that of most of its memory.
     pub(crate) home: AtomicUsize,
     /// Queues that were kicked and not looked at since, and whether a worker sees to them.
@@ -335,7 +337,7 @@ impl Shared {
             history,
             flush_due: Mutex::new(None),
             timer: Mutex::new(timer),
-            service: Mutex::new(service),
+            service: ServiceLock::new(service),
             home: AtomicUsize::new(0),
             turnstile: Turnstile::new(),
             submitted: unbounded(),

@@ -64,10 +64,10 @@ fn tests_in(source: &str) -> BTreeSet<String> {
     let mut marked = false;
     for line in source.lines().map(str::trim_start) {
         let function = line.trim_start_matches("pub ").strip_prefix("fn ");
-        if let Some(name) = function.and_then(|rest| rest.split(['(', '<']).next()) {
-            if std::mem::take(&mut marked) {
-                names.insert(name.to_owned());
-            }
+        if let Some(name) = function.and_then(|rest| rest.split(['(', '<']).next())
+            && std::mem::take(&mut marked)
+        {
+            names.insert(name.to_owned());
         }
         marked |= line.starts_with("#[test]");
     }

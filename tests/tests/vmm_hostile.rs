@@ -364,8 +364,8 @@ const NONSENSE: &[Nonsense] = &[
         h.descriptor(1, raw(table(), 4, 0, 0));
         one(h, raw(table() + 64, 4, DESC_F_NEXT | DESC_F_WRITE, 1));
     }),
-    ("more than 2^15 PFNs", 0, |h| {
-        one(h, raw(0, (4 << 13) + 4, 0, 0))
+    ("more than 2^11 PFNs", 0, |h| {
+        one(h, raw(0, (4 << 11) + 4, 0, 0))
     }),
     ("more than 4 GiB", 0, |h| {
         h.descriptor(1, raw(table(), u32::MAX, 0, 0));

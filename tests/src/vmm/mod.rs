@@ -18,6 +18,8 @@
 //! - [`driver`]: the balloon driver, as Linux has it;
 //! - [`hinting`]: its part that answers rounds of free page hints;
 //! - [`follower`]: the driver's work queue, following the target on a thread of its own;
+//! - [`faults`]: system calls of the library that fail;
+//! - [`userfault`]: memory whose faults the VMM handles;
 //! - [`working_set`]: pages whose contents are known and verified;
 //! - [`hostile`]: a driver that writes anything anywhere;
 //! - [`books`]: the device's counters, and whether they balance (I4).
@@ -29,6 +31,7 @@ pub mod driver;
 pub mod elements;
 mod error;
 pub mod eventfd;
+pub mod faults;
 pub mod follower;
 pub mod guest;
 pub mod hinting;
@@ -38,6 +41,7 @@ pub mod mapping;
 pub mod migration;
 pub mod ram;
 pub mod settings;
+pub mod userfault;
 pub mod vring;
 pub mod working_set;
 
