@@ -28,6 +28,18 @@ pub(crate) struct RingFeatures {
     pub(crate) event_idx: bool,
 }
 
+impl RingFeatures {
+    /// What the selected feature bits say, which are the same for all devices (virtio 6).
+    pub(crate) fn negotiated(features: u64) -> Self {
+        let has = |bit: u32| features >> bit & 1 == 1;
+        Self {
+            packed: has(34),
+            indirect: has(28),
+            event_idx: has(29),
+        }
+    }
+}
+
 /// A ring that can no longer be served: its own structure is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum RingError {
