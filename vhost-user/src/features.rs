@@ -3,7 +3,9 @@
 //! Specification: virtio 1.2, "Traditional Memory Balloon Device", "Feature bits", and "Reserved
 //! Feature Bits".
 
-use aerostat_device::Device;
+use aerostat_device::DeviceKind;
+
+const KIND: DeviceKind = DeviceKind::VirtioBalloon;
 
 /// Queues have the packed layout.
 pub(crate) const RING_PACKED: u64 = 1 << 34;
@@ -53,18 +55,18 @@ pub(crate) fn names(features: u64) -> Vec<String> {
 pub(crate) fn supported() -> impl Iterator<Item = &'static str> {
     CHOICES
         .iter()
-        .filter(|(_, bit)| Device::SUPPORTED_FEATURES & bit != 0)
+        .filter(|(_, bit)| KIND.supported_features() & bit != 0)
         .map(|(name, _)| *name)
 }
 
 /// What `--features` means: a comma-separated list, or `default`, or `none`.
 pub(crate) fn parse(list: &str) -> Result<u64, String> {
-    let transport = Device::DEFAULT_FEATURES & !DEVICE_BITS;
+    let transport = KIND.default_features() & !DEVICE_BITS;
     list.split(',')
         .map(str::trim)
         .try_fold(transport, |features, name| {
             let bits = match name {
-                "default" => Device::DEFAULT_FEATURES,
+                "default" => KIND.default_features(),
                 "none" => 0,
                 name => bit(name)?,
             };
@@ -75,7 +77,7 @@ pub(crate) fn parse(list: &str) -> Result<u64, String> {
 fn bit(name: &str) -> Result<u64, String> {
     CHOICES
         .iter()
-        .filter(|(_, bit)| Device::SUPPORTED_FEATURES & bit != 0)
+        .filter(|(_, bit)| KIND.supported_features() & bit != 0)
         .find_map(|(known, bit)| (*known == name).then_some(*bit))
         .ok_or_else(|| {
             let known: Vec<_> = supported().collect();

@@ -30,6 +30,19 @@ pub(crate) struct RingFeatures {
     pub(crate) in_order: bool,
 }
 
+impl RingFeatures {
+    /// What the selected feature bits say, which are the same for all devices (virtio 6).
+    pub(crate) fn negotiated(features: u64) -> Self {
+        let has = |bit: u32| features >> bit & 1 == 1;
+        Self {
+            packed: has(34),
+            indirect: has(28),
+            event_idx: has(29),
+            in_order: has(35),
+        }
+    }
+}
+
 /// The mark in a ring's tokens that a later chain may share this one's used entry (IN_ORDER). Where
 /// something could be written none may: what an entry skips is assumed to be written in full.
 const SHARES_ENTRY: u64 = 1 << 32;

@@ -1,10 +1,14 @@
 //! The configuration space: any access, against a model of sixteen bytes.
 
-use aerostat_device::{Device, DeviceConfig, Runtime};
+use aerostat_device::{Device, DeviceConfig, DeviceKind, Runtime};
 use arbitrary::{Arbitrary, Unstructured};
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;
+
+const KIND: DeviceKind = DeviceKind::VirtioBalloon;
+/// Without what is not in the standard.
+const CONFIG_BYTES: usize = KIND.config_bytes(0);
 
 thread_local! {
     static RUNTIME: RefCell<Option<Arc<Runtime>>> = const { RefCell::new(None) };
@@ -35,7 +39,7 @@ pub fn run(bytes: &[u8]) {
         Arc::clone(runtime.get_or_insert_with(|| Runtime::inline().expect("a runtime")))
     });
     let config = DeviceConfig {
-        features: Device::SUPPORTED_FEATURES,
+        features: KIND.supported_features(),
         ..DeviceConfig::default()
     };
     let device = Device::new(&runtime, config).expect("a device");
@@ -46,8 +50,8 @@ pub fn run(bytes: &[u8]) {
 }
 
 /// The whole space.
-fn space(device: &Device) -> [u8; Device::CONFIG_BYTES] {
-    let mut space = [0; Device::CONFIG_BYTES];
+fn space(device: &Device) -> [u8; CONFIG_BYTES] {
+    let mut space = [0; CONFIG_BYTES];
     device.read_config(0, &mut space);
     space
 }

@@ -6,8 +6,8 @@ use crate::oracle::{Oracle, Terms};
 use crate::script::{Layout, Script, Segment, Step};
 use aerostat_device::memory::Gpa;
 use aerostat_device::{
-    Counters, Device, DeviceConfig, DeviceState, Element, IoVec, QueueConfig, QueuePosition,
-    RingConfig, Runtime,
+    Counters, Device, DeviceConfig, DeviceKind, DeviceState, Element, IoVec, QueueConfig,
+    QueuePosition, RingConfig, Runtime,
 };
 use arbitrary::{Arbitrary, Unstructured};
 use rustix::event::{EventfdFlags, eventfd};
@@ -17,7 +17,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-const QUEUES: u16 = Device::MAX_QUEUES;
+const QUEUES: u16 = DeviceKind::VirtioBalloon.queues();
 /// Turns after which a device that still has work is one that never ends. A script makes at most a few
 /// hundred chains available.
 const MAX_TURNS: usize = 1000;
@@ -108,7 +108,8 @@ fn features(bits: u8, layout: Layout) -> u64 {
 impl<'a> Run<'a> {
     fn new(host: &'a mut Host, layout: Layout, script: &Script) -> Self {
         let config = DeviceConfig {
-            features: Device::SUPPORTED_FEATURES,
+            kind: DeviceKind::VirtioBalloon,
+            features: DeviceKind::VirtioBalloon.supported_features(),
             config_event: None,
             completion_event: None,
         };

@@ -6,7 +6,7 @@ use super::{Answer, Refusal, Session};
 use crate::features::RING_PACKED;
 use crate::message::{Message, Request};
 use crate::ring::Ring;
-use aerostat_device::{Device, DeviceState};
+use aerostat_device::DeviceState;
 
 impl Session<'_> {
     pub(super) fn set_vring(
@@ -110,7 +110,7 @@ impl Session<'_> {
     fn queue(&self, index: u32) -> Result<u16, Refusal> {
         u16::try_from(index)
             .ok()
-            .filter(|queue| *queue < Device::MAX_QUEUES)
+            .filter(|queue| *queue < self.device().kind().queues())
             .ok_or(Refusal::NoRing(index))
     }
 
