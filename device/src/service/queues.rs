@@ -60,7 +60,7 @@ impl Queues {
     }
 
     /// The next driver may set up others.
-    pub(super) fn forget(&mut self) {
+    pub(crate) fn forget(&mut self) {
         self.known = self.started();
     }
 
