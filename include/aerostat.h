@@ -165,6 +165,21 @@
 #define AEROSTAT_REGION_PINNED (1u << 2)
 
 /**
+ * Transparent huge pages of the host may be behind the region (MADV_HUGEPAGE, or a host where they
+ * are always used), and are to be kept whole: pages are discarded once all of such a huge page is in
+ * the balloon, and counted as held_bytes until then.
+ *
+ * Without it, single pages of a huge page are discarded at once. The host then splits the mapping, so
+ * that the guest runs slower, and frees the memory only when the rest of the huge page is gone too, or
+ * when it runs short: discarded_bytes runs ahead of what is free. That gives back more in the end from
+ * a guest whose free memory is in small pieces. Use the flag where the guest's speed matters more.
+ *
+ * For private anonymous memory; elsewhere, and where the host uses no transparent huge pages, it has
+ * no effect: shared memory is split and freed at once.
+ */
+#define AEROSTAT_REGION_TRANSPARENT_HUGE (1u << 3)
+
+/**
  * VIRTIO_BALLOON_F_MUST_TELL_HOST: the guest waits for the acknowledgement of a deflate before it
  * uses the pages again. The device may then discard after it has acknowledged an inflate.
  */
@@ -422,7 +437,7 @@ struct aerostat_memory_region {
     /**
      * The size of the host's pages behind the region, in bytes. 0 stands for the page size of
      * hugetlbfs if fd is on it, else for the host's base page size; anonymous MAP_HUGETLB memory
-     * has to tell. Transparent huge pages do not count.
+     * has to tell. Transparent huge pages do not count: see AEROSTAT_REGION_TRANSPARENT_HUGE.
      */
     uint64_t page_size_bytes;
 };

@@ -2,8 +2,8 @@
 //!
 //! Invariants: I2 (all is discarded or skipped when the report is acknowledged), I4.
 
-use super::{Account, Balloon, Piece, bump, bytes, in_regions, lower, whole_frames};
-use crate::memory::{GuestMemory, Pfn, PfnRange};
+use super::{Account, Balloon, Frames, Piece, bump, bytes, in_regions, lower};
+use crate::memory::{GuestMemory, PfnRange};
 use crate::metrics::Books;
 
 /// Memory that is discarded between two looks at who waits: one or two milliseconds, at the rates that
@@ -41,7 +41,7 @@ impl Balloon {
                     let whole = if poisoned {
                         None
                     } else {
-                        whole_frames(region, range)
+                        Frames::of(region).inside(range)
                     };
                     let discard = whole.map_or(0, |whole| whole.bytes());
                     bump(&mut flow.skipped_partial_bytes, range.bytes() - discard);
@@ -78,31 +78,31 @@ impl Balloon {
     }
 }
 
-/// Cuts pieces into parts of at most [`PART_PAGES`], or of one frame where frames are larger.
+/// Cuts pieces into parts of at most [`PART_PAGES`], and what it takes to leave frames whole.
 fn parts(memory: &GuestMemory, pieces: &[Piece]) -> Vec<Vec<Piece>> {
     let mut parts = Vec::new();
     let (mut part, mut room) = (Vec::new(), PART_PAGES);
     for piece in pieces {
-        let region = memory.regions().get(piece.region);
-        let frame = region.map_or(1, crate::memory::Region::pages_per_frame);
-        let mut start = piece.range.start.0;
-        while start < piece.range.end.0 {
+        let Some(region) = memory.regions().get(piece.region) else {
+            continue;
+        };
+        let Piece { region: index, .. } = *piece;
+        let mut left = piece.range;
+        while left.pages() > 0 {
             // Frames stay whole; pieces begin and end at their edges.
-            let most = (room / frame).max(1) * frame;
-            let end = piece.range.end.0.min(start + most);
+            let next = PfnRange::new(left.start, left.pages().min(room));
+            let end = Frames::of(region).around(next).end.min(left.end);
+            let range = PfnRange { end, ..left };
             part.push(Piece {
-                region: piece.region,
-                range: PfnRange {
-                    start: Pfn(start),
-                    end: Pfn(end),
-                },
+                region: index,
+                range,
             });
-            room = room.saturating_sub(end - start);
-            if room < frame {
+            left.start = end;
+            room = room.saturating_sub(range.pages());
+            if room == 0 {
                 parts.push(std::mem::take(&mut part));
                 room = PART_PAGES;
             }
-            start = end;
         }
     }
     if !part.is_empty() {
