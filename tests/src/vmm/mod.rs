@@ -22,7 +22,8 @@
 //! - [`userfault`]: memory whose faults the VMM handles;
 //! - [`working_set`]: pages whose contents are known and verified;
 //! - [`hostile`]: a driver that writes anything anywhere;
-//! - [`books`]: the device's counters, and whether they balance (I4).
+//! - [`books`]: the device's counters, and whether they balance (I4);
+//! - [`usage`]: what this process has of the host, to find what is not given back.
 
 pub mod allocator;
 pub mod books;
@@ -41,6 +42,7 @@ pub mod mapping;
 pub mod migration;
 pub mod ram;
 pub mod settings;
+pub mod usage;
 pub mod userfault;
 pub mod vring;
 pub mod working_set;
