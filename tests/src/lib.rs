@@ -7,4 +7,5 @@ pub mod cpio;
 pub mod demo;
 pub mod guest;
 pub mod host_vm;
+pub mod reclaimer;
 pub mod vmm;

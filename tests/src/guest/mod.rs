@@ -102,7 +102,7 @@ pub enum GuestError {
     },
     /// The back-end's control socket failed.
     #[error("control of the back-end failed")]
-    Control(#[from] aerostat_reclaim::vm::ControlError),
+    Control(#[from] aerostat_reclaim::vm::VmError),
 }
 
 impl GuestError {
