@@ -5,13 +5,14 @@ GUEST ?= auto
 PREFIX ?= /usr/local
 SOAK_SECONDS ?= 1800
 
-.PHONY: all setup build check test fuzz loom soak demo bench header clean bench-vmm qemu install deb abi help
+.PHONY: all setup build check test suites fuzz loom soak demo bench bench-vmm qemu install deb abi header clean help
 
 all: build
 
 help:
 	@echo 'make demo    boot a real guest, inflate, deflate, show what the host got (GUEST=synthetic: no real guest)'
 	@echo 'make test    everything: lints, unit tests, C programs, test VMM, real guests'
+	@echo 'make suites  the suites of the test VMM once more, with packed rings and with write-behind'
 	@echo 'make check   lints only: formatting, clippy, documentation'
 	@echo 'make fuzz    fuzz every target for FUZZ_SECONDS (60), TARGETS="split abi" some of them'
 	@echo 'make loom    models of the protocols between threads, in every order of threads'
@@ -44,6 +45,16 @@ test: check
 	$(CARGO) build --workspace --exclude aerostat-fuzz
 	PROFILE=debug scripts/build-qemu
 	$(CARGO) test --workspace --no-fail-fast
+	$(MAKE) suites
+
+# What the suites of whole devices leave open, chosen otherwise (CONTRIBUTING.md, "Settings").
+SUITES := $(patsubst tests/tests/%.rs,--test %,$(wildcard tests/tests/vmm_*.rs))
+SETTINGS ?= packed write-behind packed,in-order,write-behind
+
+suites:
+	for settings in $(SETTINGS); do \
+		AEROSTAT_TEST_SETTINGS=$$settings $(CARGO) test -p aerostat-tests --no-fail-fast $(SUITES) || exit 1; \
+	done
 
 # Needs no nightly toolchain; see scripts/fuzz. What it finds is in target/fuzz.
 fuzz: setup

@@ -5,7 +5,7 @@ use crate::boundary::{Outcome, Refusal, check_flags};
 use crate::device::{aerostat_device, on_device};
 use crate::handle;
 use crate::queue::queue_index;
-use ::aerostat_device::{Element, Error, IoVec};
+use ::aerostat_device::{Device, Element, Error, IoVec};
 use libc::iovec;
 use std::ffi::c_int;
 
@@ -116,7 +116,7 @@ pub unsafe extern "C" fn aerostat_device_submit(
                 here &= from.flags & AEROSTAT_ELEMENT_HERE != 0;
                 // SAFETY: the arrays that it points to may be read (the same rule); what the iovecs
                 // point to stays mapped until the completion (this function's contract).
-                unsafe { element(&from) }
+                unsafe { element(device, &from) }
             })
             .collect::<Outcome<Vec<Element>>>()?;
         if here {
@@ -178,9 +178,9 @@ pub unsafe extern "C" fn aerostat_device_completions(
 /// # Safety
 /// `readable` and `writable` are NULL, or may be read for as many iovecs as their counts say. What
 /// the iovecs point to stays mapped until the element's completion was collected, or a reset.
-unsafe fn element(from: &aerostat_element) -> Outcome<Element> {
+unsafe fn element(device: &Device, from: &aerostat_element) -> Outcome<Element> {
     check_flags("aerostat_element.flags", from.flags, AEROSTAT_ELEMENT_HERE)?;
-    let queue = queue_index(from.queue)?;
+    let queue = queue_index(device, from.queue)?;
     // SAFETY: as the caller promises.
     let (readable, writable) = unsafe {
         (

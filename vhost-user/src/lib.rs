@@ -80,7 +80,7 @@ pub fn serve_one(runtime: &Arc<Runtime>, front_end: UnixStream) {
     use std::sync::OnceLock;
     static SHUTDOWN: OnceLock<Option<Wake>> = OnceLock::new();
     let shutdown = SHUTDOWN.get_or_init(|| {
-        let installed = sigbus::install();
+        let installed = sigbus::install(session::MAX_MAPPINGS);
         installed.and_then(|()| Wake::new()).ok()
     });
     if let Some(shutdown) = shutdown {
@@ -114,7 +114,8 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         .map(bind)
         .collect::<Result<_, _>>()?;
     let mut signals = termination_signals()?;
-    sigbus::install()?;
+    // Each virtual machine has room of its own: none can use up another's.
+    sigbus::install(arguments.socket_path.len() * session::MAX_MAPPINGS)?;
     let shutdown = Arc::new(Wake::new()?);
     let runtime = Runtime::new(&RuntimeConfig {
         workers_per_node: arguments.workers,

@@ -1,8 +1,7 @@
 //! Elements, which the VMM pops from its own virtqueues: their way to the queues and back.
 
-use super::{Queue, Service, Shared};
+use super::{Service, Shared};
 use crate::error::{Error, Result};
-use crate::protocol::virtio_balloon::QUEUES;
 use crate::ring::source::{Completion, Element, Source};
 use crate::runtime::{Scratch, Servable};
 use std::sync::atomic::Ordering;
@@ -25,8 +24,9 @@ impl Shared {
             // The receiver is ours: the channel is open.
             let _ = self.submitted.0.send(element);
         }
+        let count = self.protocol.kind().queues();
         // Whoever is woken has the device; what one turn here leaves is for a worker.
-        let mut left = self.wake(queues & ((1 << QUEUES) - 1));
+        let mut left = self.wake(queues & ((1 << count) - 1));
         if left && here {
             left = self.serve(&mut Scratch::default());
         }
@@ -40,13 +40,8 @@ impl Shared {
     pub(super) fn accept_elements(&self, service: &mut Service) {
         let mut unwanted = false;
         while let Ok(element) = self.submitted.1.try_recv() {
-            match service.queue(element.queue) {
-                Some(Queue {
-                    source: Source::Elements(queue),
-                    ..
-                }) => {
-                    queue.waiting.push_back(element);
-                }
+            match service.queues.source(element.queue) {
+                Some(Source::Elements(queue)) => queue.waiting.push_back(element),
                 _ => {
                     let Element { token, queue, .. } = element;
                     let back = Completion {
@@ -69,17 +64,11 @@ impl Shared {
     pub(crate) fn finish_elements(&self, service: &mut Service) {
         self.accept_elements(service);
         let mut scratch = Scratch::default();
-        let waiting = |service: &Service| {
-            let queues = service.queues.iter().flatten();
-            queues
-                .map(|queue| queue.source.waiting_elements())
-                .sum::<usize>()
-        };
-        let mut left = waiting(service);
+        let mut left = service.queues.waiting_elements();
         while left > 0 {
             // Element queues cannot break. Elements of a queue without a role stay for the reset.
-            let _ = service.run(service.element_queues(), self, &mut scratch);
-            let before = std::mem::replace(&mut left, waiting(service));
+            let _ = service.run(service.queues.of_elements(), self, &mut scratch);
+            let before = std::mem::replace(&mut left, service.queues.waiting_elements());
             if left == before {
                 break;
             }
