@@ -165,6 +165,21 @@
 #define AEROSTAT_REGION_PINNED (1u << 2)
 
 /**
+ * Transparent huge pages of the host may be behind the region (MADV_HUGEPAGE, or a host where they
+ * are always used), and are to be kept whole: pages are discarded once all of such a huge page is in
+ * the balloon, and counted as held_bytes until then.
+ *
+ * Without it, single pages of a huge page are discarded at once. The host then splits the mapping, so
+ * that the guest runs slower, and frees the memory only when the rest of the huge page is gone too, or
+ * when it runs short: discarded_bytes runs ahead of what is free. That gives back more in the end from
+ * a guest whose free memory is in small pieces. Use the flag where the guest's speed matters more.
+ *
+ * For private anonymous memory; elsewhere, and where the host uses no transparent huge pages, it has
+ * no effect: shared memory is split and freed at once.
+ */
+#define AEROSTAT_REGION_TRANSPARENT_HUGE (1u << 3)
+
+/**
  * VIRTIO_BALLOON_F_MUST_TELL_HOST: the guest waits for the acknowledgement of a deflate before it
  * uses the pages again. The device may then discard after it has acknowledged an inflate.
  */
@@ -256,6 +271,14 @@
  * started as an element queue. Nothing was written to it. Unpop it, or drop it.
  */
 #define AEROSTAT_COMPLETION_UNSERVED (1 << 0)
+
+/**
+ * Serve the element on the thread that submits it, unless a worker is with the device: no other
+ * thread has to be woken, and its completion can be collected when aerostat_device_submit()
+ * returns. That takes as long as serving does: microseconds for an inflate with write-behind
+ * (aerostat_device_set_write_behind()), else the time of its system calls.
+ */
+#define AEROSTAT_ELEMENT_HERE (1u << 0)
 
 /** How many values `struct aerostat_guest_stats` has. */
 #define AEROSTAT_STATS 16
@@ -422,7 +445,7 @@ struct aerostat_memory_region {
     /**
      * The size of the host's pages behind the region, in bytes. 0 stands for the page size of
      * hugetlbfs if fd is on it, else for the host's base page size; anonymous MAP_HUGETLB memory
-     * has to tell. Transparent huge pages do not count.
+     * has to tell. Transparent huge pages do not count: see AEROSTAT_REGION_TRANSPARENT_HUGE.
      */
     uint64_t page_size_bytes;
 };
@@ -527,7 +550,7 @@ struct aerostat_element {
     uint32_t n_writable;
     /** The queue that it was popped from. */
     uint32_t queue;
-    /** 0; no flags are defined. */
+    /** AEROSTAT_ELEMENT_* bits. */
     uint32_t flags;
 };
 
@@ -1209,7 +1232,7 @@ int aerostat_device_set_queue_call(struct aerostat_device *device,
  * outside the memory table are allowed for what the device reads or writes; reported pages have to
  * be in it, else their element counts as a chain error.
  *
- * Threads: any. Does not wait for the elements.
+ * Threads: any. Does not wait for the elements, unless all of them have AEROSTAT_ELEMENT_HERE.
  */
 int aerostat_device_submit(struct aerostat_device *device,
                            const struct aerostat_element *elements,
@@ -1257,8 +1280,8 @@ int aerostat_device_query(const struct aerostat_device *device, struct aerostat_
 /**
  * Lets inflated pages wait before they are discarded, so that many go at once: until limit_bytes wait,
  * until the first of them has waited delay_ms, or until the target is reached. A guest that inflates
- * is acknowledged at once. 32 MiB and 10 ms suit stock guests; limit_bytes 0 (the default) discards
- * before each acknowledgement.
+ * is acknowledged at once, as long as no more than twice limit_bytes wait. 128 MiB and 10 ms suit stock
+ * guests; limit_bytes 0 (the default) discards before each acknowledgement.
  *
  * It takes effect while AEROSTAT_FEATURE_MUST_TELL_HOST is negotiated: then a guest does not use pages
  * of the balloon before their deflate is acknowledged (requirement S7). Pages that wait count as

@@ -4,14 +4,18 @@
 //! lock of the device that owns this core), I4 (each requested byte is entered exactly once).
 
 mod refusal;
+mod report;
 mod write_behind;
 
-use crate::discard::Discarder;
 use crate::discard::plan::Piece;
+use crate::discard::restore::restore;
 use crate::discard::window::Window;
-use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, Pfn, PfnRange, Region};
+use crate::discard::{DeflateOptions, Discarder};
+use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, PfnRange, Region};
 use crate::metrics::{Books, Counters, Entry, Flow};
+use crate::pages::frames::Frames;
 use crate::pages::ownership::{Bitmap, Ownership};
+use crate::service::lock::Waiting;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -56,6 +60,10 @@ pub(crate) struct Balloon {
     discarder: Discarder,
     inhibited: bool,
     window: Window,
+    /// What is done for pages that the guest takes back.
+    deflate: DeflateOptions,
+    /// Whether somebody waits for the device to stand still.
+    waiting: Arc<Waiting>,
     /// Kept between calls for its allocation only.
     pieces: Vec<Piece>,
     /// What was taken of an offer and is to be settled; else empty.
@@ -73,9 +81,16 @@ impl Balloon {
             ballooned_pages: 0,
             discarder,
             inhibited: false,
+            deflate: DeflateOptions::default(),
+            waiting: Arc::default(),
             pieces: Vec::new(),
             taken: Vec::new(),
         }
+    }
+
+    /// Heeds whether somebody waits for the device to stand still.
+    pub(crate) fn heed(&mut self, waiting: Arc<Waiting>) {
+        self.waiting = waiting;
     }
 
     /// The table it works on.
@@ -158,6 +173,9 @@ impl Balloon {
     /// The guest wants `ranges` back: sorted and disjoint. From now on they are never discarded.
     pub(crate) fn take(&mut self, ranges: &[PfnRange], duplicate_pages: u64, books: &Books) {
         self.land_before(ranges);
+        let restores = self.deflate.is_any() && !self.inhibited;
+        let mut returned = std::mem::take(&mut self.pieces);
+        returned.clear();
         books.enter(|entry| {
             bump(
                 &mut entry.device().rejected_take_bytes,
@@ -172,20 +190,29 @@ impl Balloon {
                         return;
                     };
                     let mut taken_pages = 0;
+                    let mut take = |run: PfnRange| {
+                        taken_pages += run.pages();
+                        if restores && !region.pinned {
+                            returned.push(Piece {
+                                region: index,
+                                range: run,
+                            });
+                        }
+                    };
                     if region.pages_per_frame() == 1 {
-                        bitmap.remove(range, |run| taken_pages += run.pages());
+                        bitmap.remove(range, take);
                         let flow = &mut entry.node(region.node).balloon;
                         window.remove(index, range, |run| {
                             lower(&mut flow.pending_bytes, run.bytes());
                             bump(&mut flow.withdrawn_bytes, run.bytes());
                         });
                     } else {
-                        for frame in frames(region, range) {
+                        for frame in Frames::of(region).touching(range) {
                             let open = OpenFrame::switch(&mut open, frame, region, bitmap, entry);
                             // A frame that waits to be discarded no longer does: it is held again.
                             window.remove(index, frame, |run| open.waiting_bytes += run.bytes());
                             bitmap.remove(frame.intersection(range), |run| {
-                                taken_pages += run.pages();
+                                take(run);
                                 open.after_pages -= run.pages();
                             });
                         }
@@ -204,58 +231,23 @@ impl Balloon {
                 open.close(entry);
             }
         });
+        let ownership = &mut self.ownership;
+        restore(&self.memory, &returned, self.deflate, |region, range| {
+            let bitmap = ownership.region(region);
+            bitmap.map_or(0, |bitmap| bitmap.count(range))
+        });
+        self.pieces = returned;
     }
 
-    /// The guest says that `ranges` hold nothing it needs (page reporting): discards them now. They
-    /// stay the guest's. `duplicate_pages` as for [`Self::give`]; `poisoned` leaves them alone since
-    /// the guest expects its poison there (S10).
-    pub(crate) fn report(
-        &mut self,
-        ranges: &[PfnRange],
-        duplicate_pages: u64,
-        poisoned: bool,
-        books: &Books,
-    ) {
-        let mut pieces = std::mem::take(&mut self.pieces);
-        pieces.clear();
-        books.enter(|entry| {
-            let flow = &mut entry.device().report;
-            bump(&mut flow.requested_bytes, bytes(duplicate_pages));
-            bump(&mut flow.skipped_duplicate_bytes, bytes(duplicate_pages));
-            for &range in ranges {
-                let outside = in_regions(&self.memory, range, |index, region, range| {
-                    let flow = &mut entry.node(region.node).report;
-                    bump(&mut flow.requested_bytes, range.bytes());
-                    if region.readonly {
-                        bump(&mut flow.skipped_out_of_range_bytes, range.bytes());
-                        return;
-                    }
-                    let whole = if poisoned {
-                        None
-                    } else {
-                        whole_frames(region, range)
-                    };
-                    let discard = whole.map_or(0, |whole| whole.bytes());
-                    bump(&mut flow.skipped_partial_bytes, range.bytes() - discard);
-                    bump(&mut flow.pending_bytes, discard);
-                    pieces.extend(whole.map(|range| Piece {
-                        region: index,
-                        range,
-                    }));
-                });
-                let flow = &mut entry.device().report;
-                bump(&mut flow.requested_bytes, bytes(outside));
-                bump(&mut flow.skipped_out_of_range_bytes, bytes(outside));
-            }
-        });
-        self.discard(&pieces, Account::Report, books);
-        self.pieces = pieces;
+    /// Changes what is done for pages that the guest takes back.
+    pub(crate) fn set_deflate(&mut self, options: DeflateOptions) {
+        self.deflate = options;
     }
 
     /// The balloon is empty again: the guest owns every page (device reset). What waits is not
     /// discarded any more.
     pub(crate) fn reset(&mut self, books: &Books) {
-        self.wait_for_flight();
+        self.wait_for_flights();
         let load = self.window.unload(&self.memory, &mut self.ownership);
         books.enter(|entry| {
             for piece in &load.exact {
@@ -341,7 +333,7 @@ impl Balloon {
                 pieces.push(piece);
                 continue;
             };
-            for range in frames(region, piece.range) {
+            for range in Frames::of(region).touching(piece.range) {
                 let pages = range.intersection(piece.range).pages();
                 let frame = Piece {
                     region: piece.region,
@@ -467,34 +459,6 @@ pub(crate) fn in_regions(
     outside
 }
 
-/// The frames of `region` that `range` touches. Regions begin at a multiple of their frame size.
-fn frames(region: &Region, range: PfnRange) -> impl Iterator<Item = PfnRange> + use<> {
-    let frame = region.pages_per_frame();
-    (range.start.0 / frame..range.end.0.div_ceil(frame))
-        .map(move |index| PfnRange::new(Pfn(index * frame), frame))
-}
-
-/// `range` with the frames that it cuts made whole.
-fn whole_frames_around(region: &Region, range: PfnRange) -> PfnRange {
-    let frame = region.pages_per_frame();
-    let start = Pfn(range.start.0 / frame * frame);
-    PfnRange {
-        start,
-        end: Pfn(range.end.0.next_multiple_of(frame)),
-    }
-}
-
-/// The part of `range` that consists of whole frames, if there is any.
-fn whole_frames(region: &Region, range: PfnRange) -> Option<PfnRange> {
-    let frame = region.pages_per_frame();
-    let start = range.start.0.next_multiple_of(frame);
-    let end = range.end.0 / frame * frame;
-    (start < end).then_some(PfnRange {
-        start: Pfn(start),
-        end: Pfn(end),
-    })
-}
-
 /// The bytes of `frame` that are in the balloon without the frame being complete.
 fn held_bytes(bitmap: &Bitmap, frame: PfnRange) -> u64 {
     held_of(frame, bitmap.count(frame))
@@ -557,7 +521,8 @@ impl OpenFrame {
 /// The sum of [`held_bytes`] over a region.
 fn held_in_region(ownership: &mut Ownership, index: usize, region: &Region) -> u64 {
     match ownership.region(index) {
-        Some(bitmap) if region.pages_per_frame() > 1 => frames(region, region.pfns())
+        Some(bitmap) if region.pages_per_frame() > 1 => Frames::of(region)
+            .touching(region.pfns())
             .map(|frame| held_bytes(bitmap, frame))
             .sum(),
         _ => 0,

@@ -3,6 +3,10 @@
 
 pub mod artifacts;
 pub mod backend;
+pub mod cpio;
 pub mod demo;
 pub mod guest;
+pub mod host_vm;
+pub mod qemu;
+pub mod reclaimer;
 pub mod vmm;

@@ -12,6 +12,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 pub struct Capabilities {
     /// A descriptor of this process through which vectored `MADV_DONTNEED` works on ourselves.
     pub process_madvise: Option<OwnedFd>,
+    /// Make a system call a page, as others do.
+    #[cfg(feature = "bench")]
+    pub(super) one_call_a_page: bool,
 }
 
 impl Capabilities {
@@ -20,6 +23,17 @@ impl Capabilities {
     pub fn none() -> Self {
         Self {
             process_madvise: None,
+            #[cfg(feature = "bench")]
+            one_call_a_page: false,
+        }
+    }
+
+    /// What others do: a call a page.
+    #[cfg(feature = "bench")]
+    pub(crate) fn one_call_a_page() -> Self {
+        Self {
+            one_call_a_page: true,
+            ..Self::none()
         }
     }
 
@@ -30,8 +44,22 @@ impl Capabilities {
     pub fn probe() -> Result<Self> {
         let page = ProbePages::new()?;
         let process_madvise = open_own_process().filter(|pidfd| page.vectored_advice_works(pidfd));
-        Ok(Self { process_madvise })
+        let mut capabilities = Self::none();
+        capabilities.process_madvise = process_madvise;
+        Ok(capabilities)
     }
+}
+
+/// The size of the transparent huge pages that this host puts behind private memory; `None` where it does
+/// not, or does not tell.
+#[must_use]
+pub fn transparent_frame_bytes() -> Option<u64> {
+    let read =
+        |file: &str| std::fs::read_to_string(format!("/sys/kernel/mm/transparent_hugepage/{file}"));
+    if read("enabled").ok()?.contains("[never]") {
+        return None;
+    }
+    read("hpage_pmd_size").ok()?.trim().parse().ok()
 }
 
 /// A pidfd of this process, if the kernel has pidfds.

@@ -9,7 +9,7 @@ use super::error::{Result, VmmError};
 use super::mapping::{Backing, Mapping};
 use aerostat::{
     AEROSTAT_REGION_PINNED, AEROSTAT_REGION_READONLY, AEROSTAT_REGION_SHARED,
-    aerostat_memory_region,
+    AEROSTAT_REGION_TRANSPARENT_HUGE, aerostat_memory_region,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
@@ -31,6 +31,10 @@ pub struct RegionSpec {
     pub pinned: bool,
     /// Told to the library: the host node, or -1.
     pub node: i32,
+    /// The host node that the memory is really bound to, if it is.
+    pub bound: Option<u32>,
+    /// Told to the library: keep transparent huge pages whole.
+    pub transparent_huge: bool,
 }
 
 impl RegionSpec {
@@ -45,6 +49,8 @@ impl RegionSpec {
             readonly: false,
             pinned: false,
             node: -1,
+            bound: None,
+            transparent_huge: false,
         }
     }
 }
@@ -87,6 +93,9 @@ impl GuestRam {
     pub fn with(&self, spec: RegionSpec) -> Result<Self> {
         let mut regions = self.regions.clone();
         let mapping = Arc::new(Mapping::new(self.name, spec.backing, spec.len_bytes)?);
+        if let Some(node) = spec.bound {
+            mapping.bind(node)?;
+        }
         regions.push(Region { spec, mapping });
         regions.sort_by_key(|region| region.spec.gpa);
         let name = self.name;
@@ -117,7 +126,8 @@ impl GuestRam {
                 size: u32::try_from(size_of::<aerostat_memory_region>()).unwrap_or(0),
                 flags: flag(mapping.is_shared(), AEROSTAT_REGION_SHARED)
                     | flag(spec.readonly, AEROSTAT_REGION_READONLY)
-                    | flag(spec.pinned, AEROSTAT_REGION_PINNED),
+                    | flag(spec.pinned, AEROSTAT_REGION_PINNED)
+                    | flag(spec.transparent_huge, AEROSTAT_REGION_TRANSPARENT_HUGE),
                 gpa: spec.gpa,
                 len_bytes: spec.len_bytes,
                 hva: mapping.base().cast(),
