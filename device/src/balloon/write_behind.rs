@@ -161,3 +161,70 @@ impl Load {
         );
     }
 }
+
+#[cfg(test)]
+#[allow(
+    unsafe_code,
+    reason = "the tests make a table of memory that is never touched"
+)]
+mod tests {
+    use super::*;
+    use crate::memory::{Gpa, Pfn, Region};
+    use crossbeam_channel::TryRecvError;
+
+    #[test]
+    fn a_flush_lands_with_its_last_part_and_then_tells() {
+        let (end, done) = crossbeam_channel::bounded(0);
+        let (tell, told) = crossbeam_channel::bounded(1);
+        let seen = done.clone();
+        let landing = Arc::new(Landing {
+            end: Some(end),
+            landed: Some(move || {
+                let _ = tell.send(seen.try_recv());
+            }),
+        });
+        let other = Arc::clone(&landing);
+
+        drop(landing);
+        assert_eq!(done.try_recv(), Err(TryRecvError::Empty));
+        assert!(told.is_empty());
+        drop(other);
+        assert_eq!(told.recv(), Ok(Err(TryRecvError::Disconnected)));
+    }
+
+    #[test]
+    fn a_load_is_divided_by_the_nodes_of_its_pages() {
+        let region = |gpa, node| Region {
+            gpa: Gpa(gpa),
+            len_bytes: 1 << 20,
+            hva: 1 << 30,
+            fd: None,
+            fd_offset_bytes: 0,
+            page_size_bytes: 4096,
+            frame_bytes: 0,
+            shared: false,
+            readonly: false,
+            pinned: false,
+            node,
+        };
+        let (near, far) = (Some(NodeId(0)), Some(NodeId(3)));
+        let regions = vec![region(0, near), region(1 << 20, far), region(2 << 20, near)];
+        // SAFETY: nothing is read, written or discarded here.
+        let memory = unsafe { GuestMemory::new(regions) }.unwrap();
+        let piece = |region, start| Piece {
+            region,
+            range: PfnRange::new(Pfn(start), 2),
+        };
+        let load = Load {
+            exact: vec![piece(0, 1), piece(1, 260), piece(1, 270), piece(2, 600)],
+            bridged: vec![piece(0, 1), piece(1, 260), piece(2, 600)],
+        };
+
+        let loads = load.by_node(&memory);
+
+        assert_eq!(loads.len(), 2);
+        assert_eq!(loads[&near].exact, [piece(0, 1), piece(2, 600)]);
+        assert_eq!(loads[&far].exact, [piece(1, 260), piece(1, 270)]);
+        assert_eq!(loads[&far].bridged, [piece(1, 260)]);
+    }
+}
