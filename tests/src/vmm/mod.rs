@@ -12,14 +12,18 @@
 //! - [`guest`]: a machine put together from these, step by step or booted at once;
 //! - [`migration`]: a guest moves to another device;
 //! - [`elements`]: the VMM's half of a virtqueue, for devices that are handed elements;
-//! - [`vring`]: the driver's half of a split ring;
+//! - [`vring`]: the driver's half of a ring, split or packed;
+//! - [`settings`]: what the suites run with beyond what a test says;
 //! - [`allocator`]: which pages the guest has in use;
 //! - [`driver`]: the balloon driver, as Linux has it;
 //! - [`hinting`]: its part that answers rounds of free page hints;
 //! - [`follower`]: the driver's work queue, following the target on a thread of its own;
+//! - [`faults`]: system calls of the library that fail;
+//! - [`userfault`]: memory whose faults the VMM handles;
 //! - [`working_set`]: pages whose contents are known and verified;
 //! - [`hostile`]: a driver that writes anything anywhere;
-//! - [`books`]: the device's counters, and whether they balance (I4).
+//! - [`books`]: the device's counters, and whether they balance (I4);
+//! - [`usage`]: what this process has of the host, to find what is not given back.
 
 pub mod allocator;
 pub mod books;
@@ -28,6 +32,7 @@ pub mod driver;
 pub mod elements;
 mod error;
 pub mod eventfd;
+pub mod faults;
 pub mod follower;
 pub mod guest;
 pub mod hinting;
@@ -36,6 +41,9 @@ pub mod library;
 pub mod mapping;
 pub mod migration;
 pub mod ram;
+pub mod settings;
+pub mod usage;
+pub mod userfault;
 pub mod vring;
 pub mod working_set;
 
