@@ -18,7 +18,7 @@
 /** Initializes a struct aerostat_device_config: recommended features, no eventfds. */
 #define AEROSTAT_DEVICE_CONFIG_INIT                                                                \
     {                                                                                              \
-        sizeof(struct aerostat_device_config), 0, 0, -1, -1                                        \
+        sizeof(struct aerostat_device_config), 0, 0, -1, -1, 0, 0                                      \
     }
 
 /** Initializes a struct aerostat_queue_config: a new ring, without its addresses and eventfds. */

@@ -20,8 +20,16 @@ pub const AEROSTAT_REGION_READONLY: u32 = 1u32 << 1;
 /// nothing or break the device. They can be ballooned, and are counted as skipped_pinned_bytes.
 pub const AEROSTAT_REGION_PINNED: u32 = 1u32 << 2;
 
-const REGION_FLAGS: u32 =
-    AEROSTAT_REGION_SHARED | AEROSTAT_REGION_READONLY | AEROSTAT_REGION_PINNED;
+/// The guest did not boot with this region: its pages begin in the balloon, and the guest gets them
+/// from there as far as aerostat_device_set_extra_grant() lets it (requirements J6, R2). For devices
+/// that offer AEROSTAT_MEMBALLOON_FEATURE_EXTRA_MEM. A reset of the device discards what the guest had
+/// of it.
+pub const AEROSTAT_REGION_EXTRA: u32 = 1u32 << 3;
+
+const REGION_FLAGS: u32 = AEROSTAT_REGION_SHARED
+    | AEROSTAT_REGION_READONLY
+    | AEROSTAT_REGION_PINNED
+    | AEROSTAT_REGION_EXTRA;
 
 /// An immutable table of a guest's memory regions. A guest whose memory changes gets a new table.
 #[derive(Debug)]
@@ -163,6 +171,7 @@ fn region(from: &aerostat_memory_region) -> Outcome<Region> {
         shared: from.flags & AEROSTAT_REGION_SHARED != 0,
         readonly,
         pinned: from.flags & AEROSTAT_REGION_PINNED != 0,
+        extra: from.flags & AEROSTAT_REGION_EXTRA != 0,
         node: node(from.node)?,
     })
 }

@@ -256,6 +256,7 @@ fn usable_part(region: MemRegion, hva: u64, page: u64) -> Result<Option<Region>,
         page_size_bytes: page,
         shared: true,
         readonly: false,
+        extra: false,
         pinned,
         node: None,
     }))

@@ -347,6 +347,7 @@ fn map(spec: &Spec, at: usize) -> Region {
         },
         shared,
         readonly: spec.kind == Kind::Rom,
+        extra: false,
         pinned: spec.kind == Kind::Pinned,
         node: None,
     }

@@ -18,6 +18,8 @@
 //! - [`hinting`]: its part that answers rounds of free page hints;
 //! - [`follower`]: the driver's work queue, following the target on a thread of its own;
 //! - [`working_set`]: pages whose contents are known and verified;
+//! - [`memballoon`]: a machine with the other virtio balloon, device ID 13, and its driver;
+//! - [`vmware`]: a machine whose guest speaks VMware's commands, as Linux's vmw_balloon does;
 //! - [`hostile`]: a driver that writes anything anywhere;
 //! - [`books`]: the device's counters, and whether they balance (I4).
 
@@ -34,8 +36,10 @@ pub mod hinting;
 pub mod hostile;
 pub mod library;
 pub mod mapping;
+pub mod memballoon;
 pub mod migration;
 pub mod ram;
+pub mod vmware;
 pub mod vring;
 pub mod working_set;
 

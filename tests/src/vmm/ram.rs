@@ -8,8 +8,8 @@ use super::PAGE_BYTES;
 use super::error::{Result, VmmError};
 use super::mapping::{Backing, Mapping};
 use aerostat::{
-    AEROSTAT_REGION_PINNED, AEROSTAT_REGION_READONLY, AEROSTAT_REGION_SHARED,
-    aerostat_memory_region,
+    AEROSTAT_REGION_EXTRA, AEROSTAT_REGION_PINNED, AEROSTAT_REGION_READONLY,
+    AEROSTAT_REGION_SHARED, aerostat_memory_region,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
@@ -29,6 +29,8 @@ pub struct RegionSpec {
     pub readonly: bool,
     /// Told to the library: not to be discarded.
     pub pinned: bool,
+    /// Told to the library: its pages begin in the balloon.
+    pub extra: bool,
     /// Told to the library: the host node, or -1.
     pub node: i32,
 }
@@ -44,6 +46,7 @@ impl RegionSpec {
             page_size_bytes: 0,
             readonly: false,
             pinned: false,
+            extra: false,
             node: -1,
         }
     }
@@ -117,7 +120,8 @@ impl GuestRam {
                 size: u32::try_from(size_of::<aerostat_memory_region>()).unwrap_or(0),
                 flags: flag(mapping.is_shared(), AEROSTAT_REGION_SHARED)
                     | flag(spec.readonly, AEROSTAT_REGION_READONLY)
-                    | flag(spec.pinned, AEROSTAT_REGION_PINNED),
+                    | flag(spec.pinned, AEROSTAT_REGION_PINNED)
+                    | flag(spec.extra, AEROSTAT_REGION_EXTRA),
                 gpa: spec.gpa,
                 len_bytes: spec.len_bytes,
                 hva: mapping.base().cast(),
