@@ -3,6 +3,8 @@
 
 pub mod artifacts;
 pub mod backend;
+pub mod cpio;
 pub mod demo;
 pub mod guest;
+pub mod host_vm;
 pub mod vmm;

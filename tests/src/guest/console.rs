@@ -49,7 +49,7 @@ impl ConsoleLog {
 
 /// The host's end of the guest's serial line.
 #[derive(Debug)]
-pub(super) struct Console {
+pub(crate) struct Console {
     input: ChildStdin,
     lines: Receiver<String>,
     log: ConsoleLog,
@@ -58,7 +58,7 @@ pub(super) struct Console {
 
 impl Console {
     /// Takes over the guest's three streams.
-    pub(super) fn new(input: ChildStdin, output: ChildStdout, errors: ChildStderr) -> Self {
+    pub(crate) fn new(input: ChildStdin, output: ChildStdout, errors: ChildStderr) -> Self {
         let (sender, lines) = mpsc::channel();
         thread::spawn(move || {
             for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
@@ -87,12 +87,12 @@ impl Console {
         }
     }
 
-    pub(super) fn log(&self) -> &ConsoleLog {
+    pub(crate) fn log(&self) -> &ConsoleLog {
         &self.log
     }
 
     /// Waits until the guest accepts commands.
-    pub(super) fn wait_until_ready(&mut self, patience: Duration) -> Result<(), GuestError> {
+    pub(crate) fn wait_until_ready(&mut self, patience: Duration) -> Result<(), GuestError> {
         let deadline = Instant::now() + patience;
         loop {
             match self.next_line(deadline)? {
@@ -110,7 +110,17 @@ impl Console {
     }
 
     /// Runs one shell command and returns what it wrote, without the end of the last line.
-    pub(super) fn run(&mut self, command: &str, patience: Duration) -> Result<String, GuestError> {
+    pub(crate) fn run(&mut self, command: &str, patience: Duration) -> Result<String, GuestError> {
+        self.run_watched(command, patience, |_| ())
+    }
+
+    /// As [`Self::run`]; `each_line` gets the lines of output as they come.
+    pub(crate) fn run_watched(
+        &mut self,
+        command: &str,
+        patience: Duration,
+        mut each_line: impl FnMut(&str),
+    ) -> Result<String, GuestError> {
         let deadline = Instant::now() + patience;
         let timed_out = |log: &ConsoleLog| GuestError::Timeout {
             command: command.to_owned(),
@@ -136,6 +146,7 @@ impl Console {
             if let Some(status) = line.strip_prefix(&end) {
                 break status.trim().parse().unwrap_or(-1);
             }
+            each_line(&line);
             output.push(line);
         };
         let output = output.join("\n").trim_end_matches('\n').to_owned();
@@ -150,7 +161,7 @@ impl Console {
     }
 
     /// Sends a command without waiting for its end; returns its number.
-    pub(super) fn send(&mut self, command: &str) -> Result<u64, GuestError> {
+    pub(crate) fn send(&mut self, command: &str) -> Result<u64, GuestError> {
         self.last_id += 1;
         let line = format!("{} {}\n", self.last_id, command.replace('\n', "; "));
         self.input
@@ -163,7 +174,7 @@ impl Console {
     }
 
     /// Waits until every process that holds the line has ended; false if they did not in time.
-    pub(super) fn wait_for_end(&mut self, patience: Duration) -> bool {
+    pub(crate) fn wait_for_end(&mut self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         loop {
             match self.next_line(deadline) {

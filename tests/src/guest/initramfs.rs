@@ -1,7 +1,6 @@
 //! The guest's file system: busybox, the stock driver and `tests/guest/init`, as an initramfs.
 //!
-//! Written in the "newc" form that Documentation/driver-api/early-userspace/buffer-format.rst of
-//! the Linux kernel describes. It is built when something it is made of has changed, and kept.
+//! It is built when something it is made of has changed, and kept.
 
 use std::{
     fs,
@@ -10,12 +9,9 @@ use std::{
 };
 
 use super::{GuestError, Prerequisites};
+use crate::cpio::Archive;
 
 const INIT: &str = include_str!("../../guest/init");
-
-const DIRECTORY: u32 = 0o040_755;
-const PROGRAM: u32 = 0o100_755;
-const CHARACTER_DEVICE: u32 = 0o020_600;
 
 /// Builds the initramfs in `directory`, or finds that the one there is still right.
 ///
@@ -30,14 +26,11 @@ pub fn build(parts: &Prerequisites, directory: &Path) -> Result<PathBuf, GuestEr
     let module = read(&parts.balloon_module)?;
 
     let mut archive = Archive::default();
-    for name in ["bin", "dev", "lib", "lib/modules"] {
-        archive.add(name, DIRECTORY, (0, 0), &[]);
-    }
     // The kernel opens its console before init can mount anything.
-    archive.add("dev/console", CHARACTER_DEVICE, (5, 1), &[]);
-    archive.add("bin/busybox", PROGRAM, (0, 0), &busybox);
-    archive.add("lib/modules/virtio_balloon.ko", PROGRAM, (0, 0), &module);
-    archive.add("init", PROGRAM, (0, 0), INIT.as_bytes());
+    archive.character_device("dev/console", (5, 1));
+    archive.program("bin/busybox", &busybox);
+    archive.program("lib/modules/virtio_balloon.ko", &module);
+    archive.program("init", INIT.as_bytes());
     let image = archive.finish();
 
     fs::create_dir_all(directory).map_err(GuestError::io("creating", directory))?;
@@ -69,76 +62,4 @@ fn fingerprint(parts: &Prerequisites) -> Result<u64, GuestError> {
 
 fn read(file: &Path) -> Result<Vec<u8>, GuestError> {
     fs::read(file).map_err(GuestError::io("reading", file))
-}
-
-/// A newc archive under construction.
-#[derive(Default)]
-struct Archive {
-    bytes: Vec<u8>,
-    entries: u32,
-}
-
-impl Archive {
-    fn add(&mut self, name: &str, mode: u32, device: (u32, u32), content: &[u8]) {
-        self.entries += 1;
-        let links = if mode == DIRECTORY { 2 } else { 1 };
-        let length = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
-        let header = [
-            self.entries, // inode
-            mode,
-            0, // user
-            0, // group
-            links,
-            0, // modification time
-            length(content.len()),
-            0, // device that holds the file
-            0,
-            device.0,
-            device.1,
-            length(name.len() + 1),
-            0, // checksum, unused in this form
-        ];
-        self.bytes.extend(b"070701");
-        for field in header {
-            self.bytes.extend(format!("{field:08x}").bytes());
-        }
-        self.bytes.extend(name.bytes());
-        self.bytes.push(0);
-        self.pad();
-        self.bytes.extend(content);
-        self.pad();
-    }
-
-    /// Names and contents both start on a multiple of four.
-    fn pad(&mut self) {
-        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        self.add("TRAILER!!!", 0, (0, 0), &[]);
-        self.bytes
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn entries_are_aligned_and_carry_their_sizes() {
-        let mut archive = Archive::default();
-        archive.add("ab", PROGRAM, (0, 0), b"12345");
-        let bytes = archive.finish();
-
-        let field = |index: usize| &bytes[6 + 8 * index..14 + 8 * index];
-        assert_eq!(&bytes[..6], b"070701");
-        assert_eq!(field(1), format!("{PROGRAM:08x}").as_bytes());
-        assert_eq!(field(6), b"00000005");
-        assert_eq!(field(11), b"00000003");
-        // 110 bytes of header, 3 of name, padded to 116; 5 of content, padded to 124.
-        assert_eq!(&bytes[110..113], b"ab\0");
-        assert_eq!(&bytes[116..121], b"12345");
-        assert_eq!(&bytes[124..130], b"070701");
-        assert_eq!(bytes.len() % 4, 0);
-    }
 }

@@ -29,7 +29,7 @@ pub use uml::{HostMemoryGauge, UmlGuest};
 #[derive(Debug, thiserror::Error)]
 pub enum GuestError {
     /// Something the guest needs is not there.
-    #[error("a real guest cannot be started: {missing}; {remedy}")]
+    #[error("a guest cannot be started: {missing}; {remedy}")]
     Prerequisite {
         /// What is missing.
         missing: String,

@@ -70,20 +70,21 @@ impl Prerequisites {
     /// # Panics
     /// On a machine that runs the project's checks (`CI=true`) nothing may be skipped.
     #[must_use]
-    #[expect(clippy::panic, reason = "this is how a test fails")]
     pub fn find_or_skip(test: &str) -> Option<Self> {
-        match Self::find() {
-            Ok(found) => Some(found),
-            Err(error) if env::var("CI").is_ok_and(|value| value == "true") => {
-                panic!("{test}: {error}")
-            }
-            Err(error) => {
-                // The print macros are captured in a test that passes; this has to be seen.
-                let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {error}");
-                None
-            }
-        }
+        Self::find()
+            .map_err(|error| skip_or_fail(test, &error))
+            .ok()
     }
+}
+
+/// Says why a test cannot run. On a machine that runs the project's checks (`CI=true`) it fails.
+#[expect(clippy::panic, reason = "this is how a test fails")]
+pub(crate) fn skip_or_fail(test: &str, error: &GuestError) {
+    if env::var("CI").is_ok_and(|value| value == "true") {
+        panic!("{test}: {error}");
+    }
+    // The print macros are captured in a test that passes; this has to be seen.
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {error}");
 }
 
 fn missing(what: String) -> GuestError {
@@ -93,7 +94,7 @@ fn missing(what: String) -> GuestError {
     }
 }
 
-fn program(name: &str) -> Result<PathBuf, GuestError> {
+pub(crate) fn program(name: &str) -> Result<PathBuf, GuestError> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
         .chain(["/usr/bin", "/bin", "/usr/sbin"].map(PathBuf::from))
@@ -123,7 +124,7 @@ fn balloon_module(modules: &Path) -> Result<PathBuf, GuestError> {
 }
 
 /// The guest has no shared libraries, so a busybox that needs any is of no use.
-fn static_busybox() -> Result<PathBuf, GuestError> {
+pub(crate) fn static_busybox() -> Result<PathBuf, GuestError> {
     let file = program("busybox")?;
     let image = fs::read(&file).map_err(GuestError::io("reading", &file))?;
     if names_an_interpreter(&image) {
