@@ -18,7 +18,11 @@ const EXTRA_GPA: u64 = 1 << 32;
 
 fn boot(vmm: &Vmm, page_bytes: u64) -> Result<Memballoon> {
     let regions = [RegionSpec::new(0, 64 * MIB, MEMFD)];
-    Memballoon::boot(vmm, &regions, Memballoon::TRANSPORT | size_feature(page_bytes))
+    Memballoon::boot(
+        vmm,
+        &regions,
+        Memballoon::TRANSPORT | size_feature(page_bytes),
+    )
 }
 
 /// With 16 MiB that it did not boot with.
@@ -29,7 +33,11 @@ fn boot_with_extra(vmm: &Vmm) -> Result<Memballoon> {
     };
     let regions = [RegionSpec::new(0, 32 * MIB, MEMFD), extra];
     let selected = Memballoon::TRANSPORT | size_feature(LARGE);
-    Memballoon::boot(vmm, &regions, selected | AEROSTAT_MEMBALLOON_FEATURE_EXTRA_MEM)
+    Memballoon::boot(
+        vmm,
+        &regions,
+        selected | AEROSTAT_MEMBALLOON_FEATURE_EXTRA_MEM,
+    )
 }
 
 fn pages(from: u64, count: u64, page_bytes: u64) -> Vec<u64> {
@@ -56,7 +64,11 @@ fn features_ok_takes_exactly_one_page_size() -> Result<()> {
     let kind = AEROSTAT_KIND_MEMBALLOON;
     let device = Device::of_kind(vmm.runtime(), kind, 0, -1, -1)?;
     let sizes = AEROSTAT_MEMBALLOON_FEATURE_PAGE_SIZES;
-    assert_eq!(device.offered_features()? & (sizes | 1), sizes, "all sizes, not EXTRA_MEM");
+    assert_eq!(
+        device.offered_features()? & (sizes | 1),
+        sizes,
+        "all sizes, not EXTRA_MEM"
+    );
     let refused = |selected, errno| {
         let error = device.set_features(selected).expect_err("it was accepted");
         assert_eq!(error.errno(), Some(errno), "{selected:#x}: {error}");
@@ -88,7 +100,11 @@ fn pages_of_every_size_are_given_and_got_back() -> Result<()> {
         guest.give(&given)?;
         guest.device().flush()?;
         assert_eq!(ballooned(&guest)?, 16 * MIB);
-        assert_eq!(before - guest.ram().allocated_bytes()?, 16 * MIB, "{page_bytes}");
+        assert_eq!(
+            before - guest.ram().allocated_bytes()?,
+            16 * MIB,
+            "{page_bytes}"
+        );
         assert_eq!(guest.get(&given[..1])?, 1);
         let rest = &given[1..];
         for rest in rest.chunks(1000) {
@@ -114,11 +130,23 @@ fn a_partial_grant_is_a_prefix_of_the_list() -> Result<()> {
     guest.give(&given)?;
     let never_given = 32 * MIB;
     assert_eq!(guest.get(&[given[0], never_given, given[1]])?, 1);
-    assert_eq!(guest.get(&[given[1], given[2], given[1]])?, 2, "named twice");
-    assert_eq!(guest.get(&[given[3] + PAGE_BYTES, given[3]])?, 0, "misaligned");
+    assert_eq!(
+        guest.get(&[given[1], given[2], given[1]])?,
+        2,
+        "named twice"
+    );
+    assert_eq!(
+        guest.get(&[given[3] + PAGE_BYTES, given[3]])?,
+        0,
+        "misaligned"
+    );
     assert_eq!(guest.get(&[given[0]])?, 0, "it has that one");
     assert_eq!(guest.get(&[1 << 40])?, 0, "no memory");
-    assert_eq!(guest.get(&[u64::MAX & !(LARGE - 1)])?, 0, "the end of all addresses");
+    assert_eq!(
+        guest.get(&[u64::MAX & !(LARGE - 1)])?,
+        0,
+        "the end of all addresses"
+    );
     assert_eq!(guest.get(&[given[3]])?, 1);
     let books = guest.books()?;
     assert_eq!(books.returned_bytes, 8 * MIB);
@@ -146,7 +174,11 @@ fn an_exchange_is_all_or_nothing() -> Result<()> {
         (vec![given[2]], vec![others[2] + PAGE_BYTES]),
         (vec![given[2]], vec![1 << 40]),
     ] {
-        assert_eq!(guest.exchange(&wanted, &instead)?, 0, "{wanted:x?} {instead:x?}");
+        assert_eq!(
+            guest.exchange(&wanted, &instead)?,
+            0,
+            "{wanted:x?} {instead:x?}"
+        );
     }
     let odd = [EXCHANGE, given[2], given[3], others[2]];
     assert_eq!(guest.command(&odd, 8)?, (8, 0));
@@ -215,7 +247,11 @@ fn extra_memory_is_handed_out_within_the_grant() -> Result<()> {
     assert_eq!(sizes(&guest)?, (0, 0));
     assert_eq!(guest.get(&extra)?, 0, "nothing was granted");
     guest.device().set_extra_grant(6 * MIB)?;
-    assert_eq!(guest.minimum()?, -(6 << 20), "as far below zero as it may go");
+    assert_eq!(
+        guest.minimum()?,
+        -(6 << 20),
+        "as far below zero as it may go"
+    );
     assert_eq!(guest.get(&extra)?, 3, "a partial grant");
     assert_eq!(sizes(&guest)?, (0, 6 * MIB));
     // What is given makes room for as much.
@@ -223,7 +259,11 @@ fn extra_memory_is_handed_out_within_the_grant() -> Result<()> {
     assert_eq!(sizes(&guest)?, (0, 2 * MIB));
     assert_eq!(guest.get(&extra[3..])?, 2);
     assert_eq!(guest.get(&[16 * MIB])?, 0, "its own, but beyond the grant");
-    assert_eq!(guest.exchange(&[16 * MIB], &[extra[0]])?, 1, "zero-sum needs no grant");
+    assert_eq!(
+        guest.exchange(&[16 * MIB], &[extra[0]])?,
+        1,
+        "zero-sum needs no grant"
+    );
     guest.give(&extra[1..5])?;
     assert_eq!(sizes(&guest)?, (2 * MIB, 0));
     // A target goes before the grant.
@@ -268,7 +308,10 @@ fn extra_regions_need_a_device_that_offers_them() -> Result<()> {
     let error = Memballoon::boot(&vmm, &regions, selected).expect_err("it was accepted");
     assert_eq!(error.errno(), Some(libc::ENOTSUP));
     let guest = boot(&vmm, LARGE)?;
-    let error = guest.device().set_extra_grant(MIB).expect_err("it was accepted");
+    let error = guest
+        .device()
+        .set_extra_grant(MIB)
+        .expect_err("it was accepted");
     assert_eq!(error.errno(), Some(libc::ENOTSUP));
     Ok(())
 }
@@ -310,7 +353,10 @@ fn nonsense_is_acknowledged_and_counted() -> Result<()> {
         ("only writable", vec![piece(at, 16, true)]),
         ("outside memory", vec![piece(1 << 40, 16, false)]),
         ("half outside memory", vec![piece(64 * MIB - 8, 16, false)]),
-        ("a count before the command", vec![piece(at, 8, true), piece(at, 16, false)]),
+        (
+            "a count before the command",
+            vec![piece(at, 8, true), piece(at, 16, false)],
+        ),
     ] {
         assert_eq!(guest.send(&pieces)?.written, 0, "{what}");
     }
@@ -335,7 +381,10 @@ fn fields_may_straddle_descriptors_and_duplicates_are_counted() -> Result<()> {
     let mut guest = boot(&vmm, SMALL)?;
     let given = pages(16 * MIB, 5, SMALL);
     let fields: Vec<u64> = [GIVE].iter().chain(&given).copied().collect();
-    let bytes: Vec<u8> = fields.iter().flat_map(|field| field.to_le_bytes()).collect();
+    let bytes: Vec<u8> = fields
+        .iter()
+        .flat_map(|field| field.to_le_bytes())
+        .collect();
     let at = guest.command_gpa();
     guest.ram().write(at, &bytes);
     let mut pieces = Vec::new();
@@ -343,7 +392,11 @@ fn fields_may_straddle_descriptors_and_duplicates_are_counted() -> Result<()> {
     for part in [3, 10, 1, 20, 100] {
         let len = part.min(length - done);
         let gpa = at + u64::from(done);
-        pieces.push(Piece { gpa, len, writable: false });
+        pieces.push(Piece {
+            gpa,
+            len,
+            writable: false,
+        });
         done += len;
     }
     guest.send(&pieces)?;
@@ -372,10 +425,17 @@ fn a_ballooned_guest_moves_to_another_device() -> Result<()> {
     let after = guest.device().query()?;
     assert_eq!(
         (after.target_bytes, after.ballooned_bytes, after.extra_bytes),
-        (before.target_bytes, before.ballooned_bytes, before.extra_bytes)
+        (
+            before.target_bytes,
+            before.ballooned_bytes,
+            before.extra_bytes
+        )
     );
     assert_eq!(guest.minimum()?, 4 << 20, "told again");
-    assert_eq!(after.extra_grant_bytes, 0, "the grant is the host's to give");
+    assert_eq!(
+        after.extra_grant_bytes, 0,
+        "the grant is the host's to give"
+    );
     assert_eq!(guest.get(&given)?, 3, "down to zero");
     guest.device().set_extra_grant(4 * MIB)?;
     guest.minimum()?;
@@ -413,7 +473,11 @@ fn inhibited_pages_are_acknowledged_counted_and_kept() -> Result<()> {
     guest.device().uninhibit()?;
     let history = guest.device().history(0, 100)?;
     let last = history.last().expect("something happened");
-    assert!(history.iter().any(|entry| entry.event == 2 && entry.actual_bytes == 2 * LARGE));
+    assert!(
+        history
+            .iter()
+            .any(|entry| entry.event == 2 && entry.actual_bytes == 2 * LARGE)
+    );
     assert_eq!(last.ballooned_bytes, 2 * LARGE);
     Ok(())
 }

@@ -36,7 +36,13 @@ pub(super) fn insert_new(memory: &GuestMemory, before: &GuestMemory, ownership: 
         };
         let mut at = region.pfns().start;
         in_regions(before, region.pfns(), |_, _, known| {
-            bitmap.insert(PfnRange { start: at, end: known.start }, |_| ());
+            bitmap.insert(
+                PfnRange {
+                    start: at,
+                    end: known.start,
+                },
+                |_| (),
+            );
             at = known.end;
         });
         let end = region.pfns().end;
@@ -64,7 +70,10 @@ impl Balloon {
             };
             let mut at = region.pfns().start;
             bitmap.runs(|run| {
-                handed_out.push(PfnRange { start: at, end: run.start });
+                handed_out.push(PfnRange {
+                    start: at,
+                    end: run.start,
+                });
                 at = run.end;
             });
             let end = region.pfns().end;
@@ -102,7 +111,9 @@ impl Balloon {
             let mut missing = false;
             let ownership = &mut self.ownership;
             let outside = in_regions(&self.memory, **page, |index, region, part| {
-                let held = ownership.region(index).map_or(0, |bitmap| bitmap.count(part));
+                let held = ownership
+                    .region(index)
+                    .map_or(0, |bitmap| bitmap.count(part));
                 missing |= held != part.pages() || (region.extra && !extra);
             });
             outside == 0 && !missing
@@ -113,7 +124,9 @@ impl Balloon {
     /// Whether the whole of `page` is memory that can be ballooned.
     pub(crate) fn is_memory(&self, page: PfnRange) -> bool {
         let mut readonly = false;
-        let outside = in_regions(&self.memory, page, |_, region, _| readonly |= region.readonly);
+        let outside = in_regions(&self.memory, page, |_, region, _| {
+            readonly |= region.readonly
+        });
         outside == 0 && !readonly
     }
 
@@ -123,7 +136,9 @@ impl Balloon {
         for page in pages {
             let ownership = &mut self.ownership;
             in_regions(&self.memory, *page, |index, _, part| {
-                ballooned += ownership.region(index).map_or(0, |bitmap| bitmap.count(part));
+                ballooned += ownership
+                    .region(index)
+                    .map_or(0, |bitmap| bitmap.count(part));
             });
         }
         ballooned == 0

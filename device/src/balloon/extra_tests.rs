@@ -29,7 +29,10 @@ fn page(number: u64) -> PfnRange {
 }
 
 fn size(balloon: &Balloon) -> (u64, u64) {
-    (balloon.ballooned_bytes() / PAGE, balloon.extra_bytes() / PAGE)
+    (
+        balloon.ballooned_bytes() / PAGE,
+        balloon.extra_bytes() / PAGE,
+    )
 }
 
 #[test]
@@ -50,7 +53,11 @@ fn the_size_is_what_was_given_less_what_was_got() {
     assert_eq!(balloon.takeable(&extra, true), 3);
     balloon.take(&[PfnRange::new(Pfn(EXTRA), 3)], 0, &books);
     assert_eq!(size(&balloon), (0, 3));
-    assert_eq!(balloon.takeable(&extra[3..], true), 0, "the grant is used up");
+    assert_eq!(
+        balloon.takeable(&extra[3..], true),
+        0,
+        "the grant is used up"
+    );
     balloon.give(&[PfnRange::new(Pfn(0), 5)], 0, &books);
     assert_eq!(size(&balloon), (2, 0));
     assert_eq!(balloon.takeable(&extra[3..], true), 5);
@@ -69,7 +76,10 @@ fn pages_are_the_guests_or_the_balloons_but_never_in_part() {
     assert!(balloon.are_the_guests(&[of_four(0), of_four(4)]));
     assert!(!balloon.are_the_guests(&[of_four(4), of_four(4)]));
     assert!(!balloon.are_the_guests(&[of_four(6)]));
-    assert!(!balloon.are_the_guests(&[of_four(EXTRA)]), "in the balloon from the start");
+    assert!(
+        !balloon.are_the_guests(&[of_four(EXTRA)]),
+        "in the balloon from the start"
+    );
     assert!(!balloon.is_memory(of_four(EXTRA + 14)));
 }
 
@@ -96,7 +106,11 @@ fn memory_that_is_plugged_in_later_begins_in_the_balloon_too() {
     let (mut balloon, books) = balloon();
     balloon.set_extra_grant(16 * PAGE);
     balloon.take(&[PfnRange::new(Pfn(EXTRA), 4)], 0, &books);
-    let places = [(0, EXTRA * PAGE), (EXTRA * PAGE, 16 * PAGE), (1 << 20, 8 * PAGE)];
+    let places = [
+        (0, EXTRA * PAGE),
+        (EXTRA * PAGE, 16 * PAGE),
+        (1 << 20, 8 * PAGE),
+    ];
     let larger = heap_memory_with(&places, |region| region.extra = region.gpa.0 != 0);
     balloon.set_memory(larger, &books);
     assert_eq!(size(&balloon), (0, 4), "what was handed out stays so");

@@ -80,7 +80,7 @@ impl Direct {
             page_size_bytes: PAGE_BYTES,
             shared,
             readonly: false,
-        extra: false,
+            extra: false,
             pinned: false,
             node: None,
         };

@@ -5,10 +5,10 @@ use super::error::{Result, VmmError};
 use super::library::{Symbols, symbols};
 use super::ram::GuestRam;
 use aerostat::{
-    AEROSTAT_KIND_VIRTIO_BALLOON, aerostat_balloon, aerostat_completion, aerostat_counters, aerostat_device,
-    aerostat_device_config, aerostat_element, aerostat_guest_stats, aerostat_history_entry,
-    aerostat_memory, aerostat_queue_config, aerostat_queue_position, aerostat_range,
-    aerostat_runtime, aerostat_runtime_config,
+    AEROSTAT_KIND_VIRTIO_BALLOON, aerostat_balloon, aerostat_completion, aerostat_counters,
+    aerostat_device, aerostat_device_config, aerostat_element, aerostat_guest_stats,
+    aerostat_history_entry, aerostat_memory, aerostat_queue_config, aerostat_queue_position,
+    aerostat_range, aerostat_runtime, aerostat_runtime_config,
 };
 use parking_lot::Mutex;
 use std::ffi::{CStr, c_int};

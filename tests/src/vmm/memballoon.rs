@@ -1,5 +1,6 @@
 //! A machine with a memory balloon of device ID 13, and a driver for it (docs/memballoon.md).
 
+use super::PAGE_BYTES;
 use super::books::assert_balanced;
 use super::device::Device;
 use super::error::{Result, VmmError};
@@ -7,7 +8,6 @@ use super::eventfd::EventFd;
 use super::guest::{Vmm, queue_config};
 use super::ram::{GuestRam, RegionSpec};
 use super::vring::{Piece, Placement, Used, Vring};
-use super::PAGE_BYTES;
 use aerostat::{
     AEROSTAT_FEATURE_EVENT_IDX, AEROSTAT_FEATURE_INDIRECT_DESC, AEROSTAT_FEATURE_VERSION_1,
     AEROSTAT_KIND_MEMBALLOON, aerostat_counters,
@@ -247,7 +247,10 @@ impl Memballoon {
     /// # Errors
     /// It is not acknowledged.
     pub fn command(&mut self, fields: &[u64], room: u32) -> Result<(u32, u64)> {
-        let bytes: Vec<u8> = fields.iter().flat_map(|field| field.to_le_bytes()).collect();
+        let bytes: Vec<u8> = fields
+            .iter()
+            .flat_map(|field| field.to_le_bytes())
+            .collect();
         let length = bytes.len() as u64;
         if length > COMMAND_BYTES {
             return Err(VmmError::Absent("room for such a command"));
@@ -298,7 +301,12 @@ impl Memballoon {
     /// # Errors
     /// It is not acknowledged.
     pub fn exchange(&mut self, wanted: &[u64], given: &[u64]) -> Result<u64> {
-        let fields: Vec<u64> = [EXCHANGE].iter().chain(wanted).chain(given).copied().collect();
+        let fields: Vec<u64> = [EXCHANGE]
+            .iter()
+            .chain(wanted)
+            .chain(given)
+            .copied()
+            .collect();
         let (written, count) = self.command(&fields, 8)?;
         assert_eq!(written, 8, "the count");
         Ok(count)

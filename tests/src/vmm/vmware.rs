@@ -86,9 +86,9 @@ impl VmwareGuest {
             let firsts = ram.pfns().filter(|pfn| pfn.is_multiple_of(LARGE));
             firsts.filter(|pfn| *pfn >= LARGE).collect()
         };
-        let small = ram.pfns().filter(|pfn| {
-            *pfn >= LARGE && !large_free.contains(&(pfn / LARGE * LARGE))
-        });
+        let small = ram
+            .pfns()
+            .filter(|pfn| *pfn >= LARGE && !large_free.contains(&(pfn / LARGE * LARGE)));
         let allocator = PageAllocator::new(small, Order::Ascending);
         Ok(Self {
             device,
@@ -201,7 +201,9 @@ impl VmwareGuest {
         if batched && self.capabilities & 1 << 3 != 0 {
             while self.missing_pages() > 0 && refused.len() < MAX_REFUSED {
                 let count = self.missing_pages().div_ceil(LARGE).min(MAX_ENTRIES as u64);
-                let pages: Vec<u64> = (0..count).map_while(|_| self.large_free.pop_first()).collect();
+                let pages: Vec<u64> = (0..count)
+                    .map_while(|_| self.large_free.pop_first())
+                    .collect();
                 if pages.is_empty() {
                     break;
                 }
@@ -215,7 +217,9 @@ impl VmwareGuest {
         while self.missing_pages() > 0 && refused.len() < MAX_REFUSED {
             let count = if batched { MAX_ENTRIES as u64 } else { 1 };
             let count = self.missing_pages().min(count);
-            let pages: Vec<u64> = (0..count).map_while(|_| self.allocator.allocate()).collect();
+            let pages: Vec<u64> = (0..count)
+                .map_while(|_| self.allocator.allocate())
+                .collect();
             if pages.is_empty() {
                 break;
             }
@@ -234,11 +238,18 @@ impl VmwareGuest {
             let size = this.ballooned_bytes() / PAGE_BYTES;
             let excess = size.saturating_sub(this.target_pages);
             // Less than a large page is left alone, but for an empty balloon.
-            if this.reset_required || (excess < LARGE && this.target_pages != 0) { 0 } else { excess }
+            if this.reset_required || (excess < LARGE && this.target_pages != 0) {
+                0
+            } else {
+                excess
+            }
         };
         while excess(self) > 0 && !self.small.is_empty() {
             let most = if batched { MAX_ENTRIES } else { 1 };
-            let count = usize::try_from(excess(self)).unwrap_or(most).min(most).min(self.small.len());
+            let count = usize::try_from(excess(self))
+                .unwrap_or(most)
+                .min(most)
+                .min(self.small.len());
             let pages = self.small.split_off(self.small.len() - count);
             let command = if batched { BATCHED_UNLOCK } else { UNLOCK };
             let (taken, kept) = self.tell(command, pages)?;
@@ -270,7 +281,10 @@ impl VmwareGuest {
         let arguments = if single {
             [pages.first().copied().unwrap_or(0), 1]
         } else {
-            let entries: Vec<u8> = pages.iter().flat_map(|page| (page << 12).to_le_bytes()).collect();
+            let entries: Vec<u8> = pages
+                .iter()
+                .flat_map(|page| (page << 12).to_le_bytes())
+                .collect();
             self.ram.write(self.batch_page * PAGE_BYTES, &entries);
             [self.batch_page, pages.len() as u64]
         };
@@ -278,7 +292,11 @@ impl VmwareGuest {
         let (mut taken, mut others) = (Vec::new(), Vec::new());
         for (page, index) in pages.into_iter().zip(0..) {
             let entry = self.ram.load_u32(self.batch_page * PAGE_BYTES + 8 * index) & 0x1f;
-            let status = if single || status != SUCCESS { status } else { entry };
+            let status = if single || status != SUCCESS {
+                status
+            } else {
+                entry
+            };
             if status == SUCCESS {
                 taken.push(page);
             } else {

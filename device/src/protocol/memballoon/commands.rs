@@ -214,7 +214,11 @@ fn exchange(addresses: &[u64], size: u64, turn: &mut Turn<'_>) -> (bool, u32) {
         take(&mut wanted, turn);
     }
     let pairs = if right { pairs } else { 0 };
-    let answer = if has_room(turn) { answer(pairs, turn) } else { 0 };
+    let answer = if has_room(turn) {
+        answer(pairs, turn)
+    } else {
+        0
+    };
     (right, answer)
 }
 

@@ -62,7 +62,11 @@ impl Minimum {
     }
 
     /// Says what was not said yet, if the driver left a buffer for it; true if there is more to do.
-    pub(super) fn serve(&self, source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingError> {
+    pub(super) fn serve(
+        &self,
+        source: &mut Source,
+        turn: &mut Turn<'_>,
+    ) -> Result<bool, RingError> {
         for _ in 0..MAX_CHAINS_PER_TURN {
             if !self.unsaid.load(Ordering::Acquire) {
                 return Ok(false);

@@ -36,6 +36,8 @@ const SUCCESS_WITH_CAPABILITIES: u32 = 0x0300_0000;
 /// The most entries of a batch: a page of them.
 const MAX_ENTRIES: u64 = 512;
 const ENTRY_BYTES: usize = 8;
+/// The page that they fill.
+const BATCH_BYTES: usize = 4096;
 /// An entry's status, its low bits. Above them seven bits are zero, and then comes the page's number.
 const STATUS_BITS: u64 = 0x1f;
 /// Pages of 4 KiB in one of 2 MiB.
@@ -65,7 +67,11 @@ impl VmwareAnswer {
 /// The answer of a device that is not active.
 pub(super) fn inactive(command: u64, paused: bool) -> VmwareAnswer {
     // A guest that is told of a reset begins anew, which would lose the balloon of one that was paused.
-    let status = if paused || command == START { BUSY } else { RESET };
+    let status = if paused || command == START {
+        BUSY
+    } else {
+        RESET
+    };
     VmwareAnswer::new(status, 0)
 }
 
@@ -179,7 +185,7 @@ fn batch(
     };
     let memory = turn.balloon.memory();
     let writable = memory.find(gpa).is_some_and(|(_, region)| !region.readonly);
-    let mut bytes = [0; BALLOON_PAGE_BYTES as usize];
+    let mut bytes = [0; BATCH_BYTES];
     let slice = memory.slice_prefix(gpa, BALLOON_PAGE_BYTES);
     let read = slice.map_or(0, |slice| slice.read(0, &mut bytes));
     if !writable || read != bytes.len() {
@@ -191,16 +197,24 @@ fn batch(
     let pages: Vec<u64> = entries.take(count).map(page_of).collect();
     let mut statuses = vec![SUCCESS; count];
     let memory = Arc::clone(memory);
-    lock_or_unlock(vmware, lock, size, &pages, &mut statuses, turn, |pages, statuses| {
-        let entry = |(page, status): (&u64, &u32)| {
-            let page = page << BALLOON_PAGE_SHIFT;
-            (page | u64::from(*status) & STATUS_BITS).to_le_bytes()
-        };
-        let answers: Vec<u8> = pages.iter().zip(statuses).flat_map(entry).collect();
-        if let Some(slice) = memory.slice_prefix(gpa, BALLOON_PAGE_BYTES) {
-            slice.write(0, &answers);
-        }
-    });
+    lock_or_unlock(
+        vmware,
+        lock,
+        size,
+        &pages,
+        &mut statuses,
+        turn,
+        |pages, statuses| {
+            let entry = |(page, status): (&u64, &u32)| {
+                let page = page << BALLOON_PAGE_SHIFT;
+                (page | u64::from(*status) & STATUS_BITS).to_le_bytes()
+            };
+            let answers: Vec<u8> = pages.iter().zip(statuses).flat_map(entry).collect();
+            if let Some(slice) = memory.slice_prefix(gpa, BALLOON_PAGE_BYTES) {
+                slice.write(0, &answers);
+            }
+        },
+    );
     SUCCESS
 }
 
