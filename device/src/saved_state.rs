@@ -273,6 +273,11 @@ pub(crate) struct Runs<'a> {
 }
 
 impl Runs<'_> {
+    /// Whether there is none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.fields.at >= self.fields.bytes.len()
+    }
+
     fn read(&mut self) -> Result<PfnRange> {
         let at = self.fields.at;
         let gap = self.fields.number()?;

@@ -73,7 +73,8 @@ impl Device {
                 offset: saved_state::KIND_AT,
             });
         }
-        let needed = saved.negotiated.unwrap_or(0) | protocol.check_saved(&saved.own)?;
+        let (selected, empty) = (saved.negotiated.unwrap_or(0), runs.is_empty());
+        let needed = selected | protocol.check_saved(&saved.own, selected, empty)?;
         refuse_others(needed, protocol.offered())?;
         if let Some(selected) = saved.negotiated {
             protocol.check_features(selected)?;

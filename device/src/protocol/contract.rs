@@ -168,9 +168,9 @@ pub(crate) trait Protocol: Any + Debug + Send + Sync {
     /// Its part of a saved state, at most [`crate::saved_state::MAX_OWN_BYTES`].
     fn save(&self) -> Vec<u8>;
 
-    /// Refuses what is no part of a saved state (which is untrusted), and returns the features that it
-    /// takes to go on with it.
-    fn check_saved(&self, own: &[u8]) -> Result<u64>;
+    /// Refuses what is no part of a saved state (which is untrusted) with these features selected and, or
+    /// not, pages in the balloon; returns the features that it takes to go on with it.
+    fn check_saved(&self, own: &[u8], negotiated: u64, empty: bool) -> Result<u64>;
 
     /// Goes on with a part that was checked.
     fn restore(&self, own: &[u8], books: &Books);

@@ -100,11 +100,12 @@ impl Runtime {
         }))
     }
 
-    /// Does one piece of the work that waits; false if there is none. For [`Self::inline`] only.
+    /// Does one piece of the work that waits; false if there is none. For [`Self::inline`] only. Without
+    /// `parts`, discards that were handed to another worker stay undone.
     #[cfg(feature = "fuzzing")]
     #[doc(hidden)]
-    pub fn turn(&self) -> bool {
-        self.pool.work_inline()
+    pub fn turn(&self, parts: bool) -> bool {
+        self.pool.work_inline(parts)
     }
 
     /// One more than the highest number of a host node: nodes are numbered from 0.

@@ -316,6 +316,11 @@ impl Pool {
             run_caught(part);
             return true;
         }
+        self.serve_once(station, scratch, may_sleep)
+    }
+
+    /// The same without the parts.
+    fn serve_once(&self, station: &Station, scratch: &mut Scratch, may_sleep: bool) -> bool {
         // One kick and one waiting device a turn: neither can keep the other from its turn.
         let event = station.wait(may_sleep && station.serve.1.is_empty());
         let kick = event.filter(|id| *id != WAKE);
@@ -329,11 +334,18 @@ impl Pool {
         true
     }
 
-    /// What a worker of the first station would do next, done by the calling thread.
+    /// What a worker of the first station would do next, done by the calling thread. Without `parts`, the
+    /// worker that should run those is slow.
     #[cfg(feature = "fuzzing")]
-    pub(super) fn work_inline(&self) -> bool {
-        let station = self.stations.first();
-        station.is_some_and(|station| self.work_once(station, &mut Scratch::default(), false))
+    pub(super) fn work_inline(&self, parts: bool) -> bool {
+        let mut scratch = Scratch::default();
+        self.stations.first().is_some_and(|station| {
+            if parts {
+                self.work_once(station, &mut scratch, false)
+            } else {
+                self.serve_once(station, &mut scratch, false)
+            }
+        })
     }
 
     /// The device that the kick `id` belongs to, if it is to be served now and by us.

@@ -1,18 +1,20 @@
-//! The configuration space: any access, against a model of sixteen bytes.
+//! The configuration space: any access, against a model of twenty-four bytes.
 
+use crate::guest::Guest;
 use aerostat_device::{Device, DeviceConfig, DeviceKind, Runtime};
 use arbitrary::{Arbitrary, Unstructured};
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;
 
-const KIND: DeviceKind = DeviceKind::VirtioBalloon;
-/// Without what is not in the standard.
-const CONFIG_BYTES: usize = KIND.config_bytes(0);
-
 thread_local! {
-    static RUNTIME: RefCell<Option<Arc<Runtime>>> = const { RefCell::new(None) };
+    static HOST: RefCell<Option<(Arc<Runtime>, Guest)>> = const { RefCell::new(None) };
 }
+
+const PAGE_POISON: u64 = 1 << 4;
+const HOST_RESET: u64 = 1 << 51;
+const KIND: DeviceKind = DeviceKind::VirtioBalloon;
+const SPACE: usize = KIND.config_bytes(HOST_RESET);
 
 #[derive(Arbitrary, Debug)]
 enum Access {
@@ -25,6 +27,8 @@ enum Access {
     Activate,
     Reset,
     Hints(bool),
+    ResetBalloon,
+    Acknowledge,
 }
 
 /// Plays the accesses.
@@ -35,34 +39,42 @@ pub fn run(bytes: &[u8]) {
     let Ok(accesses) = Vec::<Access>::arbitrary(&mut Unstructured::new(bytes)) else {
         return;
     };
-    let runtime = RUNTIME.with_borrow_mut(|runtime| {
-        Arc::clone(runtime.get_or_insert_with(|| Runtime::inline().expect("a runtime")))
+    let (runtime, memory) = HOST.with_borrow_mut(|host| {
+        let new = || (Runtime::inline().expect("a runtime"), Guest::new());
+        let (runtime, guest) = host.get_or_insert_with(new);
+        (Arc::clone(runtime), guest.table(u8::MAX, false))
     });
     let config = DeviceConfig {
         features: KIND.supported_features(),
         ..DeviceConfig::default()
     };
     let device = Device::new(&runtime, config).expect("a device");
+    device.set_memory(memory).expect("memory");
     for access in accesses.iter().take(200) {
         step(&device, access);
-        while runtime.turn() {}
+        while runtime.turn(true) {}
     }
 }
 
 /// The whole space.
-fn space(device: &Device) -> [u8; CONFIG_BYTES] {
-    let mut space = [0; CONFIG_BYTES];
+fn space(device: &Device) -> [u8; SPACE] {
+    let mut space = [0; SPACE];
     device.read_config(0, &mut space);
     space
+}
+
+/// `reset_id` and `reset_ack`.
+fn reset_fields(space: &[u8; SPACE]) -> (&[u8], &[u8]) {
+    space[16..].split_at(4)
 }
 
 fn step(device: &Device, access: &Access) {
     let before = space(device);
     match access {
         Access::Read(offset, len) => read(device, *offset, *len),
-        Access::Near(offset, len) => read(device, u64::from(offset % 24), *len),
+        Access::Near(offset, len) => read(device, u64::from(offset % 32), *len),
         Access::Write(offset, data) => write(device, *offset, &data.0),
-        Access::WriteNear(offset, data) => write(device, u64::from(offset % 24), &data.0),
+        Access::WriteNear(offset, data) => write(device, u64::from(offset % 32), &data.0),
         Access::Target(bytes) => match device.set_target_bytes(*bytes) {
             Ok(set) => {
                 assert_eq!((set, set % 4096), (device.target_bytes(), 0));
@@ -71,20 +83,35 @@ fn step(device: &Device, access: &Access) {
             }
             Err(_) => assert_eq!(space(device), before, "refused, and nothing changed"),
         },
-        Access::Features(bits) => drop(device.set_features(u64::from(*bits))),
+        Access::Features(bits) => {
+            let host_reset = if bits & 0x40 == 0 { 0 } else { HOST_RESET };
+            drop(device.set_features(u64::from(bits & !0x40) | host_reset));
+        }
         Access::Activate => drop(device.activate()),
         Access::Reset => {
             device.reset();
-            assert_eq!(
-                space(device)[4..],
-                [0; 12],
-                "a new driver starts with nothing"
-            );
-            assert_eq!(space(device)[..4], before[..4], "the target is the host's");
+            let after = space(device);
+            assert_eq!(after[4..16], [0; 12], "a new driver starts with nothing");
+            assert_eq!(after[..4], before[..4], "the target is the host's");
+            assert_eq!(after[16..20], before[16..20], "ids go on");
+            assert_eq!(after[16..20], after[20..], "nothing is pending");
         }
         Access::Hints(true) => drop(device.start_hints(Duration::from_secs(600))),
         Access::Hints(false) => drop(device.finish_hints()),
+        Access::ResetBalloon => {
+            let done = device.reset_balloon().is_ok();
+            let after = space(device);
+            assert_eq!(done, after[16..20] != before[16..20], "a new id each time");
+            assert!(!done || device.reset_pending());
+        }
+        Access::Acknowledge => write(device, 20, reset_fields(&before).0),
     }
+    let now = space(device);
+    let (id, ack) = reset_fields(&now);
+    assert_eq!(device.reset_pending(), id != ack, "what the driver sees");
+    let counters = device.counters();
+    let open = counters.host_resets - counters.host_resets_acknowledged;
+    assert_eq!(device.reset_pending(), open > 0, "{counters:?}");
 }
 
 fn read(device: &Device, offset: u64, len: u8) {
@@ -103,10 +130,12 @@ fn read(device: &Device, offset: u64, len: u8) {
     }
 }
 
-/// Only `actual`, and `poison_val` before DRIVER_OK with its feature, are the driver's.
+/// Only `actual`, `poison_val` before DRIVER_OK with its feature, and `reset_ack` while a reset is
+/// pending, are the driver's.
 fn write(device: &Device, offset: u64, data: &[u8]) {
     let (before, errors) = (space(device), device.counters().config_errors);
-    let poison = device.features() & 1 << 4 != 0
+    let pending = device.features() & HOST_RESET != 0 && device.reset_pending();
+    let poison = device.features() & PAGE_POISON != 0
         && device.state() == aerostat_device::DeviceState::Configuring;
     let mut expected = before;
     let mut refused = false;
@@ -117,7 +146,8 @@ fn write(device: &Device, offset: u64, data: &[u8]) {
         match place {
             Some(4..8) => expected[place.unwrap_or(0)] = *byte,
             Some(12..16) if poison => expected[place.unwrap_or(0)] = *byte,
-            Some(place @ 0..16) => refused |= before[place] != *byte,
+            Some(20..SPACE) if pending => expected[place.unwrap_or(0)] = *byte,
+            Some(place @ 0..SPACE) => refused |= before[place] != *byte,
             _ => refused = true,
         }
     }

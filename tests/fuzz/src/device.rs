@@ -1,13 +1,16 @@
 //! A whole device in the calling thread, driven by a script and looked at after each step.
 
+mod messages;
+mod moving;
+
 use crate::driver::Driver;
-use crate::guest::Guest;
+use crate::guest::{Guest, PAGE};
 use crate::oracle::{Oracle, Terms};
-use crate::script::{Layout, Script, Segment, Step};
+use crate::script::{Layout, Pace, Script, Step};
 use aerostat_device::memory::Gpa;
 use aerostat_device::{
-    Counters, Device, DeviceConfig, DeviceKind, DeviceState, Element, IoVec, QueueConfig,
-    QueuePosition, RingConfig, Runtime,
+    Counters, Device, DeviceConfig, DeviceKind, DeviceState, QueueConfig, QueuePosition,
+    RingConfig, Runtime, WriteBehind,
 };
 use arbitrary::{Arbitrary, Unstructured};
 use rustix::event::{EventfdFlags, eventfd};
@@ -17,7 +20,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-const QUEUES: u16 = DeviceKind::VirtioBalloon.queues();
+const KIND: DeviceKind = DeviceKind::VirtioBalloon;
+const QUEUES: u16 = KIND.queues();
+/// The pinned region's bit.
+const PINNED_REGION: u8 = 1 << 4;
 /// Turns after which a device that still has work is one that never ends. A script makes at most a few
 /// hundred chains available.
 const MAX_TURNS: usize = 1000;
@@ -54,6 +60,36 @@ pub fn run(bytes: &[u8], layout: Layout) {
 /// # Panics
 /// If an oracle is violated.
 pub fn play(script: &Script, layout: Layout) -> Counters {
+    with_host(|host| {
+        let mut run = Run::new(host, layout, script);
+        run.set_up(script.queues | 1);
+        run.play(script)
+    })
+}
+
+/// Plays a script on a device that begins with `saved`, which anybody may have written.
+///
+/// # Panics
+/// If an oracle is violated.
+pub fn play_saved(saved: &[u8], script: &Script, layout: Layout) {
+    with_host(|host| {
+        let mut run = Run::new(host, layout, script);
+        let fresh = run.device.save();
+        if run.device.restore(saved).is_err() {
+            assert_eq!(
+                run.device.save(),
+                fresh,
+                "refused, and changed all the same"
+            );
+            run.set_up(script.queues | 1);
+        } else {
+            run.go_on();
+        }
+        run.play(script);
+    });
+}
+
+fn with_host<T>(play: impl FnOnce(&mut Host) -> T) -> T {
     HOST.with_borrow_mut(|host| {
         let host = host.get_or_insert_with(|| Host {
             runtime: Runtime::inline().expect("a runtime"),
@@ -62,7 +98,7 @@ pub fn play(script: &Script, layout: Layout) -> Counters {
             call: event(),
         });
         host.guest.refill();
-        Run::new(host, layout, script).play(script)
+        play(host)
     })
 }
 
@@ -71,6 +107,8 @@ pub fn play(script: &Script, layout: Layout) -> Counters {
 struct Started {
     from: QueuePosition,
     places: [u64; 3],
+    /// It began where a driver or a device left off, not where somebody made up.
+    honest: bool,
 }
 
 struct Run<'a> {
@@ -83,6 +121,14 @@ struct Run<'a> {
     oracle: Oracle,
     terms: Terms,
     inhibits: u32,
+    /// Regions in the table, a bit each.
+    regions: u8,
+    write_behind: WriteBehind,
+    pace: Pace,
+    /// The driver numbers its queues without gaps.
+    dense: bool,
+    /// Messages of the driver so far: each has a page for its buffers.
+    messages: u8,
     /// Where the device may have written since it was last looked at.
     writes: Vec<(u64, u64)>,
     /// All rings are where drivers put them, so that none of them can feed another.
@@ -90,13 +136,45 @@ struct Run<'a> {
     /// Elements on their way, by token: the ranges that they report.
     elements: BTreeMap<u64, Vec<(u64, u64)>>,
     next_token: u64,
-    /// Chains taken from split rings that were stopped again, and how often one was stopped.
+    /// Chains that this device took from split rings that were stopped again.
     consumed: u64,
-    stops: u64,
 }
 
-fn features(bits: u8, layout: Layout) -> u64 {
-    const OPTIONAL: [u32; 8] = [1, 3, 5, 4, 29, 28, 0, 35];
+impl Host {
+    /// A device with memory, before anything is negotiated.
+    fn device(&self, regions: u8, pinned: bool, write_behind: WriteBehind) -> Device {
+        let config = DeviceConfig {
+            kind: KIND,
+            features: KIND.supported_features(),
+            config_event: None,
+            completion_event: None,
+        };
+        let device = Device::new(&self.runtime, config).expect("a device");
+        let table = self.guest.table(regions, pinned);
+        device.set_memory(table).expect("memory");
+        device.set_write_behind(write_behind);
+        device
+    }
+}
+
+/// Settings of write-behind: off, at a few pages, at some more, at the end only, at once.
+fn write_behind(choice: u8) -> WriteBehind {
+    const FOREVER: Duration = Duration::from_secs(3600);
+    let (pages, delay) = [
+        (0, FOREVER),
+        (3, FOREVER),
+        (16, FOREVER),
+        (1 << 30, FOREVER),
+        (1 << 30, Duration::ZERO),
+    ][usize::from(choice) % 5];
+    WriteBehind {
+        limit_bytes: pages * PAGE as u64,
+        delay,
+    }
+}
+
+fn features(bits: u16, layout: Layout) -> u64 {
+    const OPTIONAL: [u32; 11] = [1, 3, 5, 4, 29, 28, 0, 35, 50, 51, 2];
     let chosen = OPTIONAL.iter().enumerate();
     let chosen = chosen.filter(|(bit, _)| bits & (1 << bit) != 0);
     let packed = if layout == Layout::Packed { 1 << 34 } else { 0 };
@@ -107,16 +185,8 @@ fn features(bits: u8, layout: Layout) -> u64 {
 
 impl<'a> Run<'a> {
     fn new(host: &'a mut Host, layout: Layout, script: &Script) -> Self {
-        let config = DeviceConfig {
-            kind: DeviceKind::VirtioBalloon,
-            features: DeviceKind::VirtioBalloon.supported_features(),
-            config_event: None,
-            completion_event: None,
-        };
-        let device = Device::new(&host.runtime, config).expect("a device");
-        device
-            .set_memory(host.guest.table(u8::MAX, false))
-            .expect("memory");
+        let write_behind = write_behind(script.write_behind);
+        let device = host.device(script.regions, false, write_behind);
         let sizes = script.sizes.iter();
         let drivers = (0..).zip(sizes);
         let drivers = drivers
@@ -131,25 +201,31 @@ impl<'a> Run<'a> {
             drivers,
             started: vec![None; usize::from(QUEUES)],
             oracle,
-            terms: Terms {
-                regions: u8::MAX,
-                pinned: false,
-                inhibited: false,
-            },
+            terms: Terms::default(),
             inhibits: 0,
+            regions: script.regions,
+            write_behind,
+            pace: Pace::All,
+            dense: script.queues & 0x20 != 0,
+            messages: 0,
             writes: Vec::new(),
             tame: true,
             elements: BTreeMap::new(),
             next_token: 1,
             consumed: 0,
-            stops: 0,
         }
     }
 
     fn play(mut self, script: &Script) -> Counters {
-        self.set_up(script.queues | 1);
         for step in &script.steps {
+            let before = self.terms;
             self.step(step);
+            // What the step itself did, it did on the old terms.
+            self.look(Terms {
+                broken: self.terms.broken,
+                window: before.window || self.terms.window,
+                ..before
+            });
             if !self.settle() {
                 break;
             }
@@ -162,46 +238,53 @@ impl<'a> Run<'a> {
         self.device
             .set_features(self.features)
             .expect("features that are offered");
+        let queues = if self.dense {
+            self.dense_queues()
+        } else {
+            queues
+        };
         for queue in (0..QUEUES).filter(|queue| queues & (1 << queue) != 0) {
             self.start(queue, None);
         }
         self.device.activate().expect("a device that is set up");
+        self.note_terms();
     }
 
     fn start(&mut self, queue: u16, places: Option<[u64; 3]>) {
-        let driver = &mut self.drivers[usize::from(queue)];
-        let from = driver.start();
-        let at = places.unwrap_or_else(|| driver.places());
-        let [desc, avail, used] = at.map(Gpa);
-        let ring = (self.layout != Layout::Elements).then(|| RingConfig {
-            desc,
-            avail,
-            used,
-            kick: self.host.kicks[usize::from(queue)]
-                .try_clone()
-                .expect("a descriptor"),
-            call: Some(self.host.call.try_clone().expect("a descriptor")),
-            position: from,
-        });
-        if self
-            .device
-            .start_queue(
-                queue,
-                QueueConfig {
-                    size: driver.size,
-                    ring,
-                },
-            )
-            .is_ok()
-        {
+        let driver = &self.drivers[usize::from(queue)];
+        let (from, own) = (driver.start(), driver.places());
+        let at = places.unwrap_or(own);
+        if self.start_at(queue, at, from) {
+            let driver = &mut self.drivers[usize::from(queue)];
             driver.resume(from);
             // A driver clears its rings.
             if self.layout != Layout::Elements && places.is_none() {
                 self.host.guest.write(at[0], &[0; 0x1000]);
             }
             self.tame &= places.is_none();
-            self.started[usize::from(queue)] = Some(Started { from, places: at });
+            self.started[usize::from(queue)] = Some(Started {
+                from,
+                places: at,
+                honest: true,
+            });
         }
+    }
+
+    /// Starts a queue where the device is to begin; whether that is possible.
+    fn start_at(&mut self, queue: u16, places: [u64; 3], position: QueuePosition) -> bool {
+        let [desc, avail, used] = places.map(Gpa);
+        let kick = &self.host.kicks[usize::from(queue)];
+        let ring = (self.layout != Layout::Elements).then(|| RingConfig {
+            desc,
+            avail,
+            used,
+            kick: kick.try_clone().expect("a descriptor"),
+            call: Some(self.host.call.try_clone().expect("a descriptor")),
+            position,
+        });
+        let size = self.drivers[usize::from(queue)].size;
+        let config = QueueConfig { size, ring };
+        self.device.start_queue(queue, config).is_ok()
     }
 
     /// Stops a queue: each chain that was taken was completed (I2).
@@ -216,6 +299,11 @@ impl<'a> Run<'a> {
         };
         let started = self.started[usize::from(queue)].take();
         let started = started.expect("only a queue that was started stops");
+        self.account(queue, started, to);
+    }
+
+    /// Each chain that was taken was completed (I2).
+    fn account(&mut self, queue: u16, started: Started, to: QueuePosition) {
         let taken = to.next_avail.wrapping_sub(started.from.next_avail);
         let completed = to.next_used.wrapping_sub(started.from.next_used);
         match self.layout {
@@ -225,9 +313,11 @@ impl<'a> Run<'a> {
                     "queue {queue}: chains taken and completed"
                 );
                 self.consumed += u64::from(taken);
-                self.stops += 1;
             }
-            Layout::Packed => assert_eq!(to.next_avail, to.next_used, "queue {queue}"),
+            Layout::Packed if started.honest => {
+                assert_eq!(to.next_avail, to.next_used, "queue {queue}");
+            }
+            Layout::Packed => {}
             Layout::Elements => assert_eq!(to, QueuePosition::SPLIT_START),
         }
     }
@@ -246,24 +336,24 @@ impl<'a> Run<'a> {
                 segments,
                 indirect,
             } => {
-                let queue = u16::from(*queue) % QUEUES;
-                if self.layout == Layout::Elements {
-                    self.submit(queue, &segments.0);
-                } else {
-                    let driver = &mut self.drivers[usize::from(queue)];
-                    driver.offer(&mut self.host.guest, &segments.0, *indirect);
-                }
+                self.offer(u16::from(*queue) % QUEUES, &segments.0, *indirect);
             }
+            Step::Tell {
+                deflate,
+                pages,
+                answer,
+                indirect,
+            } => self.tell(*deflate, pages, *answer, *indirect),
+            Step::Report(runs, indirect) => self.report(&runs.0, *indirect),
+            Step::Statistics(records) => self.send_statistics(&records.0),
+            Step::Hint(hint) => self.send_hint(*hint),
             Step::Spoil { queue, at, value } => {
                 let queue = usize::from(u16::from(*queue) % QUEUES);
                 let [desc, ..] = self.drivers[queue].places();
                 let at = desc + u64::from(*at % 0x800) * 2;
                 self.host.guest.write(at, &value.to_le_bytes());
             }
-            Step::Kick(queue) => {
-                let kick = &self.host.kicks[usize::from(u16::from(*queue) % QUEUES)];
-                rustix::io::write(kick, &1u64.to_ne_bytes()).expect("an eventfd");
-            }
+            Step::Kick(queue) => self.kick(u16::from(*queue) % QUEUES),
             Step::ReadConfig(offset, len) => {
                 self.device
                     .read_config(*offset, &mut vec![0; usize::from(*len)]);
@@ -271,12 +361,43 @@ impl<'a> Run<'a> {
             Step::WriteConfig(offset, bytes) => {
                 self.device.write_config(u64::from(*offset), &bytes.0);
             }
-            Step::Target(bytes) => drop(self.device.set_target_bytes(u64::from(*bytes))),
-            Step::Pause(true) => drop(self.device.pause()),
+            Step::Target(pages) => {
+                let bytes = u64::from(*pages) * PAGE as u64;
+                drop(self.device.set_target_bytes(bytes));
+            }
+            Step::WriteBehind(choice) => {
+                self.write_behind = write_behind(*choice);
+                self.device.set_write_behind(self.write_behind);
+                self.assert_drained();
+            }
+            Step::Flush => {
+                self.device.flush();
+                self.assert_drained();
+            }
+            Step::ResetBalloon => {
+                let negotiated = self.device.features() & 1 << 51 != 0;
+                let state = self.device.state();
+                let runs = matches!(state, DeviceState::Active | DeviceState::Paused);
+                assert_eq!(self.device.reset_balloon().is_ok(), negotiated && runs);
+            }
+            Step::AcknowledgeReset => {
+                let mut id = [0; 4];
+                self.device.read_config(16, &mut id);
+                self.device.write_config(20, &id);
+                assert!(!self.device.reset_pending() || self.device.features() & 1 << 51 == 0);
+            }
+            Step::Move { edits, seal } => self.relocate(&edits.0, *seal),
+            Step::Pace(pace) => self.pace = *pace,
+            Step::Pause(true) => {
+                if self.device.pause().is_ok() {
+                    self.assert_drained();
+                }
+            }
             Step::Pause(false) => drop(self.device.resume()),
             Step::Inhibit(true) => {
                 self.device.inhibit();
                 self.inhibits += 1;
+                self.assert_drained();
             }
             Step::Inhibit(false) => {
                 assert_eq!(self.device.uninhibit().is_ok(), self.inhibits > 0);
@@ -303,15 +424,34 @@ impl<'a> Run<'a> {
             }
             Step::Collect(max) => self.collect(usize::from(*max)),
         }
-        self.terms.inhibited = self.inhibits > 0;
+        self.note_terms();
     }
 
     fn set_memory(&mut self, regions: u8, pin: bool) {
         let table = self.host.guest.table(regions, pin);
         if self.device.set_memory(table).is_ok() {
-            self.terms.regions = regions;
+            self.regions = regions;
             self.terms.pinned = pin;
         }
+    }
+
+    fn note_terms(&mut self) {
+        let features = self.device.features();
+        let negotiated = |bit: u32| features & 1 << bit != 0;
+        let pinned = self.terms.pinned || self.regions & PINNED_REGION != 0;
+        self.terms.inhibited = self.inhibits > 0;
+        self.terms.window = self.write_behind.limit_bytes > 0 && negotiated(0) && !pinned;
+        self.terms.answers = negotiated(50);
+    }
+
+    /// Waits for no alarm and no worker: what was acknowledged is discarded (I2).
+    fn assert_drained(&self) {
+        assert_eq!(self.device.counters().balloon.pending_bytes, 0, "drained");
+    }
+
+    fn kick(&self, queue: u16) {
+        let kick = &self.host.kicks[usize::from(queue)];
+        rustix::io::write(kick, &1u64.to_ne_bytes()).expect("an eventfd");
     }
 
     fn hints(&mut self, action: u8) {
@@ -332,53 +472,6 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Hands over an element: iovecs in guest memory, as far as they are.
-    #[allow(unsafe_code, reason = "elements are memory of this process")]
-    fn submit(&mut self, queue: u16, segments: &[Segment]) {
-        let mut element = Element {
-            queue,
-            token: self.next_token,
-            ..Element::default()
-        };
-        let mut reported = Vec::new();
-        for segment in segments {
-            let gpa = segment.address.gpa();
-            let Some((address, room)) = self.host.guest.host(gpa) else {
-                continue;
-            };
-            let len = usize::try_from(segment.length.bytes())
-                .unwrap_or(0)
-                .min(room);
-            // SAFETY: guest memory stays mapped; it is written to by no queue that takes elements.
-            let iov = unsafe { IoVec::new(address, len) };
-            if segment.writable {
-                reported.push((gpa, len as u64));
-                element.writable.push(iov);
-            } else {
-                element.readable.push(iov);
-            }
-        }
-        if self.device.submit(vec![element]).is_ok() {
-            self.elements.insert(self.next_token, reported);
-            self.next_token += 1;
-        }
-    }
-
-    /// Each element comes back once.
-    fn collect(&mut self, max: usize) {
-        let mut completions = Vec::new();
-        self.device.completions(max, &mut completions);
-        assert!(completions.len() <= max, "more completions than asked for");
-        for completion in completions {
-            let known = self.elements.remove(&completion.token);
-            assert!(
-                known.is_some(),
-                "{completion:?} came twice, or was never submitted"
-            );
-            assert_eq!(completion.written, 0, "no queue of a balloon writes");
-        }
-    }
-
     fn reset(&mut self) {
         for queue in 0..QUEUES {
             if self.device.state() != DeviceState::NeedsReset && queue % 2 == 0 {
@@ -390,6 +483,7 @@ impl<'a> Run<'a> {
         self.device.reset();
         self.started.fill(None);
         self.tame = true;
+        self.terms.broken = false;
         assert_eq!(self.device.ballooned_bytes(), 0, "empty after a reset");
         assert_eq!(self.device.state(), DeviceState::Configuring);
         self.collect(usize::MAX);
@@ -413,38 +507,42 @@ impl<'a> Run<'a> {
     /// Has the device do all that it wants to do, and looks at the result; false if a ring feeds itself.
     fn settle(&mut self) -> bool {
         self.note_writes();
-        let turns = (0..MAX_TURNS)
-            .take_while(|_| self.host.runtime.turn())
+        let parts = self.pace == Pace::All;
+        let most = if self.pace == Pace::Nothing {
+            0
+        } else {
+            MAX_TURNS
+        };
+        let turns = (0..most)
+            .take_while(|_| self.host.runtime.turn(parts))
             .count();
         let ended = turns < MAX_TURNS;
         assert!(ended || !self.tame, "a device that is never done");
-        let reported: Vec<_> = self.elements.values().flatten().copied().collect();
-        let Self {
-            oracle,
-            device,
-            host,
-            terms,
-            writes,
-            ..
-        } = self;
-        oracle.check(device, &mut host.guest, *terms, writes, &reported);
+        self.look(self.terms);
         self.writes.clear();
         ended
     }
 
+    fn look(&mut self, terms: Terms) {
+        self.note_writes();
+        let mapped: Vec<_> = self.elements.values().flatten().copied().collect();
+        let Self {
+            oracle,
+            device,
+            host,
+            writes,
+            ..
+        } = self;
+        oracle.check(device, &mut host.guest, terms, writes, &mapped);
+    }
+
     fn end(mut self) -> Counters {
+        self.pace = Pace::All;
         for queue in 0..QUEUES {
             self.stop(queue);
         }
         let counters = self.device.counters();
-        let chains = [
-            counters.inflate_chains,
-            counters.deflate_chains,
-            counters.report_chains,
-            counters.stats_chains,
-            counters.hint_chains,
-        ];
-        let chains: u64 = chains.iter().sum();
+        let chains = all_chains(&counters);
         assert!(counters.chain_errors <= chains, "{counters:?}");
         if self.layout == Layout::Split {
             assert!(
@@ -456,4 +554,15 @@ impl<'a> Run<'a> {
         self.settle();
         counters
     }
+}
+
+fn all_chains(counters: &Counters) -> u64 {
+    let chains = [
+        counters.inflate_chains,
+        counters.deflate_chains,
+        counters.report_chains,
+        counters.stats_chains,
+        counters.hint_chains,
+    ];
+    chains.iter().sum()
 }

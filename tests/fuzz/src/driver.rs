@@ -58,6 +58,21 @@ impl Driver {
         }
     }
 
+    /// The same place with rings of another layout.
+    pub fn change_layout(&mut self, layout: Layout) {
+        self.layout = layout;
+    }
+
+    /// Writes the ring as it is when all that was made available before `at` is done with.
+    pub fn lay_out(&self, guest: &mut Guest, at: QueuePosition) {
+        let [desc, avail, used] = self.places();
+        guest.write(desc, &[0; PAGE]);
+        if self.layout == Layout::Split {
+            guest.write(avail + 2, &at.next_avail.to_le_bytes());
+            guest.write(used + 2, &at.next_used.to_le_bytes());
+        }
+    }
+
     /// Goes on where the device stopped.
     pub fn resume(&mut self, at: QueuePosition) {
         match self.layout {

@@ -30,10 +30,20 @@ pub enum Kind {
     File,
     /// A memfd of 16 KiB frames.
     Frames,
+    /// Private anonymous memory of 16 KiB frames.
+    PrivateFrames,
     /// Mapped without the right to write, as ROM may be.
     Rom,
     /// Pinned: may be ballooned, must not be discarded.
     Pinned,
+}
+
+impl Kind {
+    /// Whether its pages are discarded in frames.
+    #[must_use]
+    pub fn has_frames(self) -> bool {
+        matches!(self, Self::Frames | Self::PrivateFrames)
+    }
 }
 
 /// A region: its kind, first page frame number and number of pages.
@@ -52,18 +62,19 @@ const fn spec(kind: Kind, first: u64, pages: u64) -> Spec {
 }
 
 /// The regions in ascending order. The first two touch, in the guest and on the host.
-pub const REGIONS: [Spec; 6] = [
+pub const REGIONS: [Spec; 7] = [
     spec(Kind::Private, 0x10, 32),
     spec(Kind::File, 0x30, 12),
     spec(Kind::Frames, 0x80, 12),
     spec(Kind::Rom, 0x90, 2),
     spec(Kind::Pinned, 0x92, 2),
+    spec(Kind::PrivateFrames, 0xa0, 8),
     // Ends at 4 GiB.
     spec(Kind::Private, 0xf_fffe, 2),
 ];
 
 /// All pages that exist.
-pub const PAGES: usize = 62;
+pub const PAGES: usize = 70;
 
 /// A page of the guest as the harness sees it.
 #[derive(Clone, Copy, Debug)]
@@ -169,6 +180,12 @@ impl Guest {
     #[must_use]
     pub fn kind(&self, index: usize) -> Kind {
         REGIONS[self.pages[index].region].kind
+    }
+
+    /// The kind of the page that holds `gpa`, if there is one.
+    #[must_use]
+    pub fn kind_at(&self, gpa: u64) -> Option<Kind> {
+        self.index_of(gpa).map(|index| self.kind(index))
     }
 
     /// The index of the page that holds `gpa`.
@@ -342,7 +359,7 @@ fn map(spec: &Spec, at: usize) -> Region {
         fd: fd.map(Arc::new),
         fd_offset_bytes: 0,
         page_size_bytes: match spec.kind {
-            Kind::Frames => FRAME_PAGES * PAGE as u64,
+            kind if kind.has_frames() => FRAME_PAGES * PAGE as u64,
             _ => PAGE as u64,
         },
         shared,

@@ -3,7 +3,8 @@
 //! Each target is a function from bytes to nothing that panics when an oracle is violated, so the same
 //! code runs under libFuzzer (`make fuzz`) and replays the committed corpora on any toolchain
 //! (`tests/corpora.rs`). [`guest`] is the guest's memory with a canary in every byte, [`script`] the
-//! typed input, [`device`] a whole device driven by it in the calling thread; [`session`] talks
+//! typed input, [`device`] a whole device driven by it in the calling thread, [`saved`] what it may be
+//! restored from; [`session`] talks
 //! vhost-user, [`abi`] calls the C interface.
 
 pub mod abi;
@@ -12,6 +13,7 @@ pub mod device;
 pub mod driver;
 pub mod guest;
 pub mod oracle;
+pub mod saved;
 pub mod script;
 pub mod session;
 
@@ -21,10 +23,11 @@ use script::Layout;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets, by the names of their corpora.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
     ("split", |bytes| device::run(bytes, Layout::Split)),
     ("packed", |bytes| device::run(bytes, Layout::Packed)),
     ("elements", |bytes| device::run(bytes, Layout::Elements)),
+    ("saved", saved::run),
     ("config", config::run),
     ("session", session::run),
     ("abi", abi::run),

@@ -25,11 +25,15 @@ const MAX_LIST: usize = 12;
 #[derive(Clone, Debug)]
 pub struct Script {
     /// Optional features, a bit each, as `device::features` maps them.
-    pub features: u8,
-    /// Queues started at first, a bit each.
+    pub features: u16,
+    /// Queues started at first, a bit each; with bit 5 those of the features, without gaps.
     pub queues: u8,
     /// The size of each queue, as a choice.
     pub sizes: [u8; 5],
+    /// Regions in the memory table at first, a bit each.
+    pub regions: u8,
+    /// Write-behind at first: a choice.
+    pub write_behind: u8,
     /// What happens.
     pub steps: Vec<Step>,
 }
@@ -40,6 +44,8 @@ impl<'a> Arbitrary<'a> for Script {
             features: input.arbitrary()?,
             queues: input.arbitrary()?,
             sizes: input.arbitrary()?,
+            regions: input.arbitrary()?,
+            write_behind: input.arbitrary()?,
             steps: list(input, MAX_STEPS)?,
         })
     }
@@ -54,9 +60,36 @@ fn list<'a, T: Arbitrary<'a>>(input: &mut Unstructured<'a>, max: usize) -> Resul
     Ok(items)
 }
 
+/// A few items.
+#[derive(Clone, Debug)]
+pub struct Few<T>(pub Vec<T>);
+
+impl<'a, T: Arbitrary<'a>> Arbitrary<'a> for Few<T> {
+    fn arbitrary(input: &mut Unstructured<'a>) -> Result<Self> {
+        list(input, MAX_LIST).map(Self)
+    }
+}
+
 /// One thing that happens.
 #[derive(Arbitrary, Clone, Debug)]
 pub enum Step {
+    /// The driver sends pages to be put into the balloon, or taken out, and kicks.
+    Tell {
+        /// On the deflate queue.
+        deflate: bool,
+        /// The pages.
+        pages: Pages,
+        /// Room for an answer, if pages may be refused: none, too little or as much as is needed.
+        answer: u8,
+        /// Whether the chain is in an indirect table.
+        indirect: bool,
+    },
+    /// The driver reports pages as free, each run by its first page and length, and kicks.
+    Report(Few<(u8, u8)>, bool),
+    /// The driver sends statistics by tag, and kicks.
+    Statistics(Few<(u8, u64)>),
+    /// The driver sends hints, and kicks.
+    Hint(Hint),
     /// The driver writes anything anywhere.
     Poke(Address, Bytes),
     /// The driver writes a list of page frame numbers into a buffer.
@@ -71,7 +104,7 @@ pub enum Step {
         /// The queue.
         queue: u8,
         /// Its buffers.
-        segments: Segments,
+        segments: Few<Segment>,
         /// Whether they go into an indirect table.
         indirect: bool,
     },
@@ -90,8 +123,26 @@ pub enum Step {
     ReadConfig(u64, u8),
     /// The guest writes it.
     WriteConfig(u8, Bytes),
-    /// The host sets a target.
-    Target(u32),
+    /// The host sets a target in pages.
+    Target(u8),
+    /// The VMM changes when inflated pages are discarded: a choice.
+    WriteBehind(u8),
+    /// The VMM has it done now.
+    Flush,
+    /// The host takes the balloon away.
+    ResetBalloon,
+    /// The driver acknowledges that.
+    AcknowledgeReset,
+    /// The guest goes on with another device, restored from what this one saved. The other one is first
+    /// given bytes that somebody has changed, with a new checksum or without.
+    Move {
+        /// Where, and what is written there.
+        edits: Few<(u16, u8)>,
+        /// Whether the checksum is made right again.
+        seal: bool,
+    },
+    /// How fast workers are from now on: a choice of [`Pace`].
+    Pace(Pace),
     /// The VMM pauses, or resumes.
     Pause(bool),
     /// The VMM inhibits discarding, or no longer.
@@ -116,6 +167,28 @@ pub enum Step {
     Collect(u8),
 }
 
+/// What the workers get done between two steps.
+#[derive(Arbitrary, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// Everything.
+    All,
+    /// Everything but what was handed to another worker.
+    Alone,
+    /// Nothing.
+    Nothing,
+}
+
+/// A message on the queue of free page hints.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+pub enum Hint {
+    /// The id that the device shows, or one that is so far from it.
+    Id(i8),
+    /// Pages, by first page and length.
+    Pages(u8, u8),
+    /// The end of them.
+    Stop,
+}
+
 /// A few bytes.
 #[derive(Clone, Debug)]
 pub struct Bytes(pub Vec<u8>);
@@ -125,16 +198,6 @@ impl<'a> Arbitrary<'a> for Bytes {
         let length = input.int_in_range(0..=24)?;
         let length = input.len().min(length);
         Ok(Self(input.bytes(length)?.to_vec()))
-    }
-}
-
-/// The buffers of a chain.
-#[derive(Clone, Debug)]
-pub struct Segments(pub Vec<Segment>);
-
-impl<'a> Arbitrary<'a> for Segments {
-    fn arbitrary(input: &mut Unstructured<'a>) -> Result<Self> {
-        list(input, MAX_LIST).map(Self)
     }
 }
 
@@ -245,7 +308,7 @@ fn low(number: u64) -> u32 {
 #[must_use]
 pub fn interesting(choice: u8) -> u64 {
     const OTHERS: [u64; 8] = [0, 0xf, 0x3c, 0x7f, 0x8c, 0x94, 0xf_fffd, u32::MAX as u64];
-    let mut left = u64::from(choice) % 70;
+    let mut left = u64::from(choice) % 78;
     for spec in REGIONS {
         if left < spec.pages {
             return spec.first + left;

@@ -1,9 +1,9 @@
 //! What hostile scripts brought to light, one test each.
 
 use aerostat_fuzz::device::play;
-use aerostat_fuzz::script::{Address, Layout, Length, Pages, Script, Segment, Segments, Step};
+use aerostat_fuzz::script::{Address, Few, Layout, Length, Pages, Script, Segment, Step};
 
-const STATS_AND_REPORTING: u8 = 0b101;
+const STATS_AND_REPORTING: u16 = 0b101;
 
 fn offer(queue: u8, address: Address, writable: bool) -> Step {
     let length = Length::Pages(1);
@@ -15,7 +15,7 @@ fn offer(queue: u8, address: Address, writable: bool) -> Step {
     };
     Step::Offer {
         queue,
-        segments: Segments(vec![segment]),
+        segments: Few(vec![segment]),
         indirect: false,
     }
 }
@@ -25,6 +25,8 @@ fn script(steps: Vec<Step>) -> Script {
         features: STATS_AND_REPORTING,
         queues: 0b1111,
         sizes: [3; 5],
+        regions: u8::MAX,
+        write_behind: 0,
         steps,
     }
 }
@@ -89,7 +91,7 @@ fn frames_fill_up_and_open_again() {
         };
         Step::Offer {
             queue,
-            segments: Segments(vec![segment]),
+            segments: Few(vec![segment]),
             indirect: false,
         }
     };

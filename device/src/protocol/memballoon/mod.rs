@@ -157,7 +157,7 @@ impl Protocol for Memballoon {
         Vec::new()
     }
 
-    fn check_saved(&self, own: &[u8]) -> Result<u64> {
+    fn check_saved(&self, own: &[u8], _negotiated: u64, _empty: bool) -> Result<u64> {
         if own.is_empty() {
             Ok(0)
         } else {

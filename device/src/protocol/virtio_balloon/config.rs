@@ -249,12 +249,15 @@ impl ConfigSpace {
             written.refused |= overlay(at, old) != old;
         }
         if self.has_host_reset {
-            let id = self.host_reset.lock().id;
+            let (id, ack) = {
+                let reset = self.host_reset.lock();
+                (reset.id, reset.ack)
+            };
             written.refused |= overlay(RESET_ID, id) != id;
             if features.contains(Features::HOST_RESET) {
                 self.write_reset_ack(|old| overlay(RESET_ACK, old), &mut written);
             } else {
-                written.refused |= overlay(RESET_ACK, 0) != 0;
+                written.refused |= overlay(RESET_ACK, ack) != ack;
             }
         }
         written
@@ -410,5 +413,19 @@ mod tests {
                 .refused
         );
         assert_eq!(reset_fields(&config), (0, 0));
+    }
+
+    /// An earlier driver acknowledged a reset, and this one does not know the feature: what it reads
+    /// there it may write back.
+    #[test]
+    fn a_driver_without_the_feature_may_write_back_what_an_earlier_one_acknowledged() {
+        let config = ConfigSpace::new(Features::all());
+        config.ask_for_reset();
+        assert_eq!(acknowledge(&config, 1).acknowledged_resets, 1);
+        config.reset();
+        let mut space = [0; HOST_RESET_CONFIG_BYTES];
+        config.read(0, &mut space);
+        let written = config.write(0, &space, Features::DEFAULT, true);
+        assert_eq!(written, Written::default());
     }
 }

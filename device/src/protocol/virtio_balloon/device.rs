@@ -194,15 +194,25 @@ impl Protocol for VirtioBalloon {
         words.iter().flat_map(|word| word.to_le_bytes()).collect()
     }
 
-    fn check_saved(&self, own: &[u8]) -> Result<u64> {
+    fn check_saved(&self, own: &[u8], negotiated: u64, empty: bool) -> Result<u64> {
         let [_, _, _, reset_id, reset_ack] = words(own).ok_or(Error::SavedState {
             what: "a part of this protocol that is not 20 bytes long",
             offset: 0,
         })?;
+        let bad = |what| Error::SavedState { what, offset: 0 };
+        let host_reset = Features::HOST_RESET.bits();
+        if reset_id != reset_ack {
+            if negotiated & host_reset == 0 {
+                return Err(bad("a host reset that the driver knows nothing of"));
+            }
+            if !empty {
+                return Err(bad("pages in a balloon that the host has reset"));
+            }
+        }
         Ok(if (reset_id, reset_ack) == (0, 0) {
             0
         } else {
-            Features::HOST_RESET.bits()
+            host_reset
         })
     }
 
@@ -229,4 +239,29 @@ fn words(own: &[u8]) -> Option<[u32; 5]> {
     let (words, rest) = own.as_chunks::<4>();
     let words: [[u8; 4]; 5] = words.try_into().ok()?;
     rest.is_empty().then(|| words.map(u32::from_le_bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A saved state said so, was restored, and then had a balloon that was empty and full.
+    #[test]
+    fn a_pending_host_reset_means_that_it_was_negotiated_and_that_the_balloon_is_empty() {
+        let protocol = VirtioBalloon::new(Features::all().bits());
+        let own = |id: u32, ack: u32| [0, 0, 0, id, ack].map(u32::to_le_bytes).concat();
+        let host_reset = Features::HOST_RESET.bits();
+        let check = |id, ack, negotiated, empty| {
+            protocol.check_saved(&own(id, ack), negotiated, empty).ok()
+        };
+        assert_eq!(check(9, 8, 0, true), None, "not negotiated");
+        assert_eq!(check(9, 8, host_reset, false), None, "pages");
+        assert_eq!(check(9, 8, host_reset, true), Some(host_reset));
+        assert_eq!(
+            check(9, 9, 0, false),
+            Some(host_reset),
+            "the fields are there"
+        );
+        assert_eq!(check(0, 0, 0, false), Some(0));
+    }
 }

@@ -159,11 +159,13 @@ impl Protocol for Vmware {
         vec![u8::from(session.started) | u8::from(session.resets_open > 0) << 1]
     }
 
-    fn check_saved(&self, own: &[u8]) -> Result<u64> {
+    fn check_saved(&self, own: &[u8], _negotiated: u64, empty: bool) -> Result<u64> {
         match own {
-            [0..=2] => Ok(0),
+            [1] => Ok(0),
+            // A guest that has not begun, or is to begin anew, has no page in the balloon.
+            [0 | 2] if empty => Ok(0),
             _ => Err(Error::SavedState {
-                what: "a part of this protocol that is not a byte from 0 to 2",
+                what: "a session that cannot be",
                 offset: 0,
             }),
         }

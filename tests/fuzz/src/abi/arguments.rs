@@ -1,6 +1,6 @@
 //! The arguments of the calls as a fuzzer makes them up, and what every answer has to be like.
 
-use crate::script::Bytes;
+use crate::script::{Bytes, Few};
 use aerostat::aerostat_last_error;
 use arbitrary::Arbitrary;
 use std::ffi::{CStr, c_int};
@@ -9,7 +9,7 @@ use std::ffi::{CStr, c_int};
 const ROOM: usize = 1024;
 
 /// What a call may answer: the errnos that the header names.
-pub(super) const ANSWERS: [c_int; 18] = [
+pub(super) const ANSWERS: [c_int; 21] = [
     libc::EFAULT,
     libc::EINVAL,
     libc::ENOTSUP,
@@ -28,6 +28,9 @@ pub(super) const ANSWERS: [c_int; 18] = [
     libc::ETIMEDOUT,
     libc::EAGAIN,
     libc::EROFS,
+    libc::ENOBUFS,
+    libc::EBADMSG,
+    libc::EPROTONOSUPPORT,
 ];
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -128,6 +131,13 @@ pub(super) enum Call {
     Counters(u8, i8, Size),
     Stats(u8, bool, Size),
     Hints(u8, u8, u32),
+    WriteBehind(u8, u64, u32),
+    History(u8, u64, u8),
+    /// How much room there is, and whether there is any.
+    Save(u8, u16, u8),
+    /// A saved state, changed somewhere.
+    Restore(u8, Few<(u16, u8)>, u8),
+    Position(u8, u8, Size),
     Poke(u16, Bytes),
     Kick,
 }

@@ -7,10 +7,11 @@
 #![allow(unsafe_code, reason = "calls the C interface")]
 
 mod arguments;
+mod setup;
 
 use aerostat::*;
 use arbitrary::{Arbitrary, Unstructured};
-use arguments::{Call, Fd, RegionArgument, Size, checked, with_room};
+use arguments::{Call, Fd, Size, checked, with_room};
 use libc::iovec;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -101,6 +102,8 @@ struct Play<'a> {
     /// Tokens on their way, by device.
     elements: [BTreeSet<u64>; SLOTS],
     token: u64,
+    /// What was saved last.
+    saved: Vec<u8>,
 }
 
 impl<'a> Play<'a> {
@@ -111,6 +114,7 @@ impl<'a> Play<'a> {
             memories: [null_mut(); SLOTS],
             elements: Default::default(),
             token: 1,
+            saved: Vec::new(),
         };
         play.make_device(0, Size::Right, 0, u64::MAX, [Fd::Event, Fd::Other], 0);
         play
@@ -285,6 +289,25 @@ impl<'a> Play<'a> {
                 });
             }
             Call::Hints(device, what, limit) => self.hints(*device, *what, *limit),
+            Call::WriteBehind(device, limit, delay) => {
+                let device = self.device(*device);
+                checked(unsafe { aerostat_device_set_write_behind(device, *limit, *delay) });
+            }
+            Call::History(device, since, max) => self.history(*device, *since, *max),
+            Call::Save(device, room, null) => self.save(*device, *room, *null),
+            Call::Restore(device, edits, seal) => {
+                let state = crate::saved::tampered(&self.saved, &edits.0, seal % 8 != 0);
+                let (from, len) = (state.as_ptr().cast(), state.len());
+                let from = if *seal == 255 { std::ptr::null() } else { from };
+                let device = self.device(*device);
+                checked(unsafe { aerostat_device_restore(device, from, len) });
+            }
+            Call::Position(device, index, size) => {
+                let (device, index) = (self.device(*device), u32::from(*index) % 6);
+                with_room(*size, |out| unsafe {
+                    aerostat_device_saved_position(device, index, out)
+                });
+            }
             Call::Poke(at, bytes) => {
                 for (place, byte) in (usize::from(*at)..MEMORY_BYTES).zip(&bytes.0) {
                     // The guest, on another processor so to speak.
@@ -297,150 +320,11 @@ impl<'a> Play<'a> {
         }
     }
 
-    fn make_device(
-        &mut self,
-        device: u8,
-        size: Size,
-        flags: u8,
-        features: u64,
-        fds: [Fd; 2],
-        null: u8,
-    ) {
-        let supported = aerostat_device_config {
-            size: size.of(24).min(24),
-            flags: flags.into(),
-            features: match features {
-                u64::MAX => ::aerostat_device::DeviceKind::VirtioBalloon.supported_features(),
-                some if some % 4 == 0 => some,
-                some => some & ::aerostat_device::DeviceKind::VirtioBalloon.supported_features(),
-            },
-            config_fd: self.host.fd(fds[0]),
-            completion_fd: self.host.fd(fds[1]),
-            kind: 0,
-            reserved: 0,
-        };
-        let index = usize::from(device) % SLOTS;
-        self.destroy(index);
-        let runtime = if null == 1 {
-            null_mut()
-        } else {
-            self.host.runtime
-        };
-        let config = if null == 2 {
-            std::ptr::null()
-        } else {
-            &raw const supported
-        };
-        let place = if null == 3 {
-            null_mut()
-        } else {
-            &raw mut self.devices[index]
-        };
-        // SAFETY: the handle is alive or NULL, the pointers are to variables, or NULL.
-        let answer = checked(unsafe { aerostat_device_new(runtime, config, place) });
-        assert_eq!(
-            answer == 0,
-            !self.devices[index].is_null(),
-            "a device, or NULL"
-        );
-    }
-
-    fn destroy(&mut self, index: usize) {
-        // SAFETY: alive or NULL, and used no more.
-        unsafe { aerostat_device_destroy(&raw mut self.devices[index]) };
-        assert!(self.devices[index].is_null(), "destroyed");
-        self.elements[index].clear();
-    }
-
-    fn make_memory(&mut self, memory: u8, regions: &[RegionArgument], null: u8) {
-        let page = 4096;
-        let regions: Vec<_> = regions
-            .iter()
-            .take(8)
-            .map(|from| aerostat_memory_region {
-                size: from.size.of(56).min(56),
-                flags: u32::from(from.flags & 7) | if from.flags > 250 { 64 } else { 0 },
-                gpa: u64::from(from.gpa) * page + u64::from(from.gpa == 255),
-                len_bytes: u64::from(from.pages % 17) * page,
-                hva: if from.null {
-                    null_mut()
-                } else {
-                    self.host.memory as *mut c_void
-                },
-                fd: self.host.fd(from.fd),
-                node: from.node.into(),
-                fd_offset_bytes: u64::from(from.offset / 8) * page,
-                page_size_bytes: [0, 4096, 16384, 12288, 1 << 21, 1 << 40]
-                    [usize::from(from.page % 6)],
-            })
-            .collect();
-        let index = usize::from(memory) % SLOTS;
-        let count = if null == 2 { usize::MAX } else { regions.len() };
-        let from = if null == 1 {
-            std::ptr::null()
-        } else {
-            regions.as_ptr()
-        };
-        // SAFETY: the old handle is used no more; `from` has as many regions as are said, all of one
-        // size, or the count is refused; their memory stays mapped.
-        unsafe {
-            aerostat_memory_destroy(&raw mut self.memories[index]);
-            checked(aerostat_memory_new(
-                from,
-                count,
-                &raw mut self.memories[index],
-            ));
-        }
-    }
-
-    fn set_up(&mut self, device: u8, elements: bool) {
-        let region = aerostat_memory_region {
-            size: 56,
-            flags: 0,
-            gpa: 0,
-            len_bytes: MEMORY_BYTES as u64,
-            hva: self.host.memory as *mut c_void,
-            fd: -1,
-            node: -1,
-            fd_offset_bytes: 0,
-            page_size_bytes: 0,
-        };
-        let mut memory = null_mut();
-        let device = self.device(device);
-        // SAFETY: as in `call`.
-        unsafe {
-            checked(aerostat_memory_new(&raw const region, 1, &raw mut memory));
-            checked(aerostat_device_set_memory(device, memory));
-            aerostat_memory_destroy(&raw mut memory);
-            checked(aerostat_device_set_features(device, 1 << 32 | 0x22));
-        }
-        for index in 0..4 {
-            let at = u64::from(index) * 4096;
-            let config = aerostat_queue_config {
-                size: 48,
-                flags: u32::from(elements),
-                queue_size: 16,
-                next_avail: 0,
-                next_used: 0,
-                reserved: 0,
-                kick_fd: self.host.fd(Fd::Event),
-                call_fd: self.host.fd(Fd::Other),
-                desc_gpa: at,
-                avail_gpa: at + 0x800,
-                used_gpa: at + 0xc00,
-            };
-            // SAFETY: as in `call`.
-            checked(unsafe { aerostat_device_start_queue(device, index, &raw const config) });
-        }
-        // SAFETY: as in `call`.
-        checked(unsafe { aerostat_device_activate(device) });
-    }
-
     fn simple(&mut self, device: u8, what: u8) {
         let handle = self.device(device);
         // SAFETY: alive or NULL.
         let answer = unsafe {
-            match what % 8 {
+            match what % 10 {
                 0 => aerostat_device_activate(handle),
                 1 => aerostat_device_pause(handle),
                 2 => aerostat_device_resume(handle),
@@ -448,10 +332,12 @@ impl<'a> Play<'a> {
                 4 => aerostat_device_inhibit(handle),
                 5 => aerostat_device_uninhibit(handle),
                 6 => aerostat_device_state(handle),
+                7 => aerostat_device_flush(handle),
+                8 => aerostat_device_reset_balloon(handle),
                 _ => aerostat_device_set_stats_interval(handle, u32::from(what) * 100),
             }
         };
-        if checked(answer) == 0 && what % 8 == 3 {
+        if checked(answer) == 0 && what % 10 == 3 {
             for _ in 0..=u8::MAX {
                 self.completions(device, u8::MAX);
             }
@@ -543,6 +429,8 @@ impl<'a> Play<'a> {
                 flow.skipped_pinned_bytes,
                 flow.skipped_partial_bytes,
                 flow.skipped_failed_bytes,
+                flow.skipped_over_target_bytes,
+                flow.skipped_late_bytes,
             ];
             let rest = [
                 flow.discarded_bytes,
@@ -559,6 +447,44 @@ impl<'a> Play<'a> {
                 sum,
                 "{flow:?}"
             );
+        }
+    }
+
+    fn history(&mut self, device: u8, since: u64, max: u8) {
+        let mut out = [aerostat_history_entry::default(); 256];
+        let handle = self.device(device);
+        let place = out.as_mut_ptr();
+        // SAFETY: room for as many as are said.
+        let answer = checked(unsafe { aerostat_device_history(handle, since, place, max.into()) });
+        let count = usize::try_from(answer).unwrap_or(0);
+        assert!(count <= usize::from(max), "more entries than asked for");
+        let numbers = out[..count].windows(2);
+        let mut numbers = numbers.map(|two| two[0].sequence < two[1].sequence);
+        assert!(numbers.all(|ascending| ascending), "in order");
+    }
+
+    /// Saves into as much room as is said; what fits is kept, to be restored.
+    fn save(&mut self, device: u8, room: u16, null: u8) {
+        let handle = self.device(device);
+        let mut state = vec![0xa5; usize::from(room) % 512 + 1];
+        let (room, mut needed) = (state.len() - 1, 0);
+        let place = if null == 1 {
+            null_mut()
+        } else {
+            state.as_mut_ptr().cast()
+        };
+        let out = if null == 2 {
+            null_mut()
+        } else {
+            &raw mut needed
+        };
+        // SAFETY: room for as many bytes as are said, or NULL.
+        let answer = checked(unsafe { aerostat_device_save(handle, place, room, out) });
+        assert_eq!(state[room], 0xa5, "written behind its end");
+        if answer >= 0 && null != 1 && null != 2 {
+            assert!(needed <= room, "more than there is room for");
+            state.truncate(needed);
+            self.saved = state;
         }
     }
 
