@@ -69,9 +69,9 @@ pub struct aerostat_counters {
     pub discard_ranges: u64,
     /// Time spent in those calls, summed over threads, in nanoseconds.
     pub discard_ns: u64,
-    /// Buffers completed on the inflate queue; commands that give pages, where there is no such queue.
+    /// Buffers completed on the inflate queue, or commands that gave pages.
     pub inflate_chains: u64,
-    /// Buffers completed on the deflate queue; commands that take pages, where there is no such queue.
+    /// Buffers completed on the deflate queue, or commands that took pages.
     pub deflate_chains: u64,
     /// Buffers completed on the reporting queue.
     pub report_chains: u64,

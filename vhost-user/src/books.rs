@@ -4,7 +4,7 @@ use aerostat_device::memory::NodeId;
 use aerostat_device::{Counters, Device, Flow};
 
 /// How many counters there are.
-const COUNT: usize = 46;
+const COUNT: usize = 48;
 
 /// Counters with the names that the control socket gives them.
 pub(crate) type Named = [(&'static str, u64); COUNT];

@@ -89,6 +89,10 @@ impl Memballoon {
             config_event,
             kernel_end: buffers + COMMAND_BYTES + 2 * PAGE_BYTES,
         };
+        // So that what the host has allocated changes by the balloon alone.
+        for page in (start..machine.kernel_end).step_by(4096) {
+            machine.ram.write(page, &[0; 8]);
+        }
         machine.start()?;
         Ok(machine)
     }

@@ -90,6 +90,8 @@ impl VmwareGuest {
             .pfns()
             .filter(|pfn| *pfn >= LARGE && !large_free.contains(&(pfn / LARGE * LARGE)));
         let allocator = PageAllocator::new(small, Order::Ascending);
+        // So that what the host has allocated changes by the balloon alone.
+        ram.write(PAGE_BYTES, &[0; 8]);
         Ok(Self {
             device,
             batch_page: 1,

@@ -125,6 +125,7 @@ fn start(vmware: &Vmware, wanted: u64, turn: &mut Turn<'_>) -> VmwareAnswer {
     turn.balloon.reset(turn.books);
     turn.show_size();
     turn.features = 0;
+    vmware.end_session();
     if wanted != 0 && wanted & BASIC == 0 {
         return refuse(CMD_INVALID, turn);
     }

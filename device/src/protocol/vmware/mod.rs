@@ -74,6 +74,11 @@ impl Vmware {
         books.enter(|entry| bump(&mut entry.device().host_resets_acknowledged, ended));
     }
 
+    /// Until the next START that is understood there is nothing to talk about.
+    fn end_session(&self) {
+        self.session.lock().started = false;
+    }
+
     fn started(&self) -> bool {
         self.session.lock().started
     }
