@@ -3,7 +3,9 @@
 CARGO ?= cargo
 GUEST ?= auto
 
-.PHONY: all setup build check test fuzz loom demo bench header clean help
+SOAK_SECONDS ?= 1800
+
+.PHONY: all setup build check test fuzz loom soak demo bench header clean help
 
 all: build
 
@@ -13,6 +15,7 @@ help:
 	@echo 'make check   lints only: formatting, clippy, documentation'
 	@echo 'make fuzz    fuzz every target for FUZZ_SECONDS (60), TARGETS="split abi" some of them'
 	@echo 'make loom    models of the protocols between threads, in every order of threads'
+	@echo 'make soak    64 guests and a VMM that does anything, for SOAK_SECONDS (1800)'
 	@echo 'make bench   discard benchmarks against the per-page rival'
 	@echo 'make header  regenerate include/aerostat.h after a change of ffi/'
 	@echo 'make build   libaerostat.so, libaerostat.a, aerostat-vhost-user (release)'
@@ -38,6 +41,11 @@ test: check
 # Needs no nightly toolchain; see scripts/fuzz. What it finds is in target/fuzz.
 fuzz: setup
 	scripts/fuzz $(TARGETS)
+
+# The seed that it prints runs the same sequence again: make soak AEROSTAT_SEED=...
+soak: setup
+	$(CARGO) build -p aerostat-ffi
+	AEROSTAT_SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test -p aerostat-tests --test vmm_soak -- --nocapture
 
 # In a directory of its own, since everything is built with another configuration.
 loom: setup

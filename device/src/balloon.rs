@@ -12,8 +12,9 @@ pub(crate) use refusal::Reason;
 use crate::discard::Discarder;
 use crate::discard::plan::Piece;
 use crate::discard::window::Window;
-use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, Pfn, PfnRange, Region};
+use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, PfnRange, Region};
 use crate::metrics::{Books, Counters, Entry, Flow};
+use crate::pages::frames::Frames;
 use crate::pages::ownership::{Bitmap, Ownership};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -189,7 +190,7 @@ impl Balloon {
                             bump(&mut flow.withdrawn_bytes, run.bytes());
                         });
                     } else {
-                        for frame in frames(region, range) {
+                        for frame in Frames::of(region).touching(range) {
                             let open = OpenFrame::switch(&mut open, frame, region, bitmap, entry);
                             // A frame that waits to be discarded no longer does: it is held again.
                             window.remove(index, frame, |run| open.waiting_bytes += run.bytes());
@@ -242,7 +243,7 @@ impl Balloon {
                     let whole = if poisoned {
                         None
                     } else {
-                        whole_frames(region, range)
+                        Frames::of(region).inside(range)
                     };
                     let discard = whole.map_or(0, |whole| whole.bytes());
                     bump(&mut flow.skipped_partial_bytes, range.bytes() - discard);
@@ -353,7 +354,7 @@ impl Balloon {
                 pieces.push(piece);
                 continue;
             };
-            for range in frames(region, piece.range) {
+            for range in Frames::of(region).touching(piece.range) {
                 let pages = range.intersection(piece.range).pages();
                 let frame = Piece {
                     region: piece.region,
@@ -479,34 +480,6 @@ pub(crate) fn in_regions(
     outside
 }
 
-/// The frames of `region` that `range` touches. Regions begin at a multiple of their frame size.
-fn frames(region: &Region, range: PfnRange) -> impl Iterator<Item = PfnRange> + use<> {
-    let frame = region.pages_per_frame();
-    (range.start.0 / frame..range.end.0.div_ceil(frame))
-        .map(move |index| PfnRange::new(Pfn(index * frame), frame))
-}
-
-/// `range` with the frames that it cuts made whole.
-fn whole_frames_around(region: &Region, range: PfnRange) -> PfnRange {
-    let frame = region.pages_per_frame();
-    let start = Pfn(range.start.0 / frame * frame);
-    PfnRange {
-        start,
-        end: Pfn(range.end.0.next_multiple_of(frame)),
-    }
-}
-
-/// The part of `range` that consists of whole frames, if there is any.
-fn whole_frames(region: &Region, range: PfnRange) -> Option<PfnRange> {
-    let frame = region.pages_per_frame();
-    let start = range.start.0.next_multiple_of(frame);
-    let end = range.end.0 / frame * frame;
-    (start < end).then_some(PfnRange {
-        start: Pfn(start),
-        end: Pfn(end),
-    })
-}
-
 /// The bytes of `frame` that are in the balloon without the frame being complete.
 fn held_bytes(bitmap: &Bitmap, frame: PfnRange) -> u64 {
     held_of(frame, bitmap.count(frame))
@@ -569,7 +542,8 @@ impl OpenFrame {
 /// The sum of [`held_bytes`] over a region.
 fn held_in_region(ownership: &mut Ownership, index: usize, region: &Region) -> u64 {
     match ownership.region(index) {
-        Some(bitmap) if region.pages_per_frame() > 1 => frames(region, region.pfns())
+        Some(bitmap) if region.pages_per_frame() > 1 => Frames::of(region)
+            .touching(region.pfns())
             .map(|frame| held_bytes(bitmap, frame))
             .sum(),
         _ => 0,

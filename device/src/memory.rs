@@ -97,6 +97,10 @@ pub struct Region {
     pub fd_offset_bytes: u64,
     /// The size of the host's pages behind it: 4096, or that of the huge pages of a hugetlb region.
     pub page_size_bytes: u64,
+    /// The unit in which its memory is freed: the size of transparent huge pages where the host may have
+    /// put them behind the region and discards are to respect them, a multiple of host addresses. Smaller
+    /// values, 0 among them, stand for `page_size_bytes`.
+    pub frame_bytes: u64,
     /// Mapped shared (`MAP_SHARED`), so that discarding has to reach the file.
     pub shared: bool,
     /// Cannot be ballooned: firmware, ROM.
@@ -124,10 +128,10 @@ impl Region {
         self.gpa.0 + self.len_bytes
     }
 
-    /// Pages of 4 KiB in one page of the host.
+    /// Pages of 4 KiB in one frame.
     #[must_use]
     pub fn pages_per_frame(&self) -> u64 {
-        self.page_size_bytes >> BALLOON_PAGE_SHIFT
+        self.frame_bytes.max(self.page_size_bytes) >> BALLOON_PAGE_SHIFT
     }
 
     fn check(&self) -> Result<()> {
@@ -137,6 +141,14 @@ impl Region {
                 what: "page_size_bytes",
                 value: align,
                 expected: "a power of two from 4096 to 16 GiB",
+            });
+        }
+        if self.frame_bytes > 1 << 34 || self.frame_bytes > 0 && !self.frame_bytes.is_power_of_two()
+        {
+            return Err(Error::Invalid {
+                what: "frame_bytes",
+                value: self.frame_bytes,
+                expected: "0, or a power of two up to 16 GiB",
             });
         }
         if self.len_bytes == 0 {
@@ -373,6 +385,7 @@ pub(crate) mod tests {
             fd: None,
             fd_offset_bytes: 0,
             page_size_bytes: 4096,
+            frame_bytes: 0,
             shared: false,
             readonly: false,
             extra: false,

@@ -3,11 +3,14 @@
 //! Invariants: I1 (a page that is taken leaves the window first, or the flush that has it is waited for),
 //! I2 (drained when nothing waits and no flush is under way), I4 (what waits is pending).
 
-use super::{Account, Balloon, Piece, carry_out, in_regions, whole_frames_around};
+use super::{Account, Balloon, Piece, carry_out, in_regions};
 use crate::discard::window::{Flight, Load};
 use crate::discard::{Discarder, WriteBehind};
-use crate::memory::{GuestMemory, PfnRange};
+use crate::memory::{GuestMemory, NodeId, PfnRange};
 use crate::metrics::Books;
+use crate::pages::frames::Frames;
+use crossbeam_channel::Sender;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -45,7 +48,7 @@ impl Balloon {
         &mut self,
         settled: bool,
         books: &Arc<Books>,
-        landed: impl FnOnce() + Send + 'static,
+        landed: impl FnOnce() + Send + Sync + 'static,
     ) {
         self.window.land();
         if self.window.is_empty() || !(settled || self.window.is_due()) {
@@ -63,19 +66,24 @@ impl Balloon {
             return;
         };
         let (end, done) = crossbeam_channel::bounded(0);
-        let (memory, books) = (Arc::clone(&self.memory), Arc::clone(books));
-        let (discarder, pieces) = (self.discarder.alone(), load.bridged.clone());
-        let node = pieces.first().and_then(|piece| self.node(piece));
-        pool.spawn(
-            node,
-            Box::new(move || {
-                load.carry_out(&memory, &discarder, &books);
-                // Whoever waits may unmap the memory as soon as the channel closes.
-                drop(memory);
-                drop::<crossbeam_channel::Sender<()>>(end);
-                landed();
-            }),
-        );
+        let pieces = load.bridged.clone();
+        let landing = Arc::new(Landing {
+            end: Some(end),
+            landed: Some(landed),
+        });
+        for (node, load) in load.by_node(&self.memory) {
+            let (memory, books) = (Arc::clone(&self.memory), Arc::clone(books));
+            let (discarder, landing) = (self.discarder.alone(), Arc::clone(&landing));
+            pool.spawn(
+                node,
+                Box::new(move || {
+                    load.carry_out(&memory, &discarder, &books);
+                    // Whoever waits may unmap the memory as soon as the last part lands.
+                    drop(memory);
+                    drop(landing);
+                }),
+            );
+        }
         self.window.set_flight(Some(Flight { pieces, done }));
     }
 
@@ -99,7 +107,7 @@ impl Balloon {
             let mut held = false;
             in_regions(&self.memory, *range, |index, region, range| {
                 // Frames are discarded as a whole.
-                let range = whole_frames_around(region, range);
+                let range = Frames::of(region).around(range);
                 held |= self.window.flight_with(index, range).is_some();
             });
             held
@@ -110,7 +118,37 @@ impl Balloon {
     }
 }
 
+/// What happens when the last part of a flush is done.
+struct Landing<F: FnOnce()> {
+    end: Option<Sender<()>>,
+    landed: Option<F>,
+}
+
+impl<F: FnOnce()> Drop for Landing<F> {
+    fn drop(&mut self) {
+        // The channel closes first: whoever is called may look at it.
+        drop(self.end.take());
+        if let Some(landed) = self.landed.take() {
+            landed();
+        }
+    }
+}
+
 impl Load {
+    /// A load for each host node that has pages of it, so that each is discarded by its own workers.
+    fn by_node(self, memory: &GuestMemory) -> BTreeMap<Option<NodeId>, Self> {
+        let regions = memory.regions();
+        let node = |piece: &Piece| regions.get(piece.region).and_then(|region| region.node);
+        let mut loads: BTreeMap<_, Self> = BTreeMap::new();
+        for piece in self.exact {
+            loads.entry(node(&piece)).or_default().exact.push(piece);
+        }
+        for piece in self.bridged {
+            loads.entry(node(&piece)).or_default().bridged.push(piece);
+        }
+        loads
+    }
+
     /// Discards what was in the window.
     fn carry_out(&self, memory: &Arc<GuestMemory>, discarder: &Discarder, books: &Books) {
         carry_out(

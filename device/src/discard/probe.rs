@@ -34,6 +34,18 @@ impl Capabilities {
     }
 }
 
+/// The size of the transparent huge pages that this host puts behind private memory; `None` where it does
+/// not, or does not tell.
+#[must_use]
+pub fn transparent_frame_bytes() -> Option<u64> {
+    let read =
+        |file: &str| std::fs::read_to_string(format!("/sys/kernel/mm/transparent_hugepage/{file}"));
+    if read("enabled").ok()?.contains("[never]") {
+        return None;
+    }
+    read("hpage_pmd_size").ok()?.trim().parse().ok()
+}
+
 /// A pidfd of this process, if the kernel has pidfds.
 fn open_own_process() -> Option<OwnedFd> {
     // SAFETY: pidfd_open takes two integers and touches no memory of ours.

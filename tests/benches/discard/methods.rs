@@ -78,6 +78,7 @@ impl Direct {
             fd: fd.map(Arc::new),
             fd_offset_bytes: entry.fd_offset_bytes,
             page_size_bytes: PAGE_BYTES,
+            frame_bytes: 0,
             shared,
             readonly: false,
             extra: false,

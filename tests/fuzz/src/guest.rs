@@ -362,6 +362,7 @@ fn map(spec: &Spec, at: usize) -> Region {
             kind if kind.has_frames() => FRAME_PAGES * PAGE as u64,
             _ => PAGE as u64,
         },
+        frame_bytes: 0,
         shared,
         readonly: spec.kind == Kind::Rom,
         extra: false,

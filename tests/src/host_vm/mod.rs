@@ -15,7 +15,7 @@
 //!
 //! #[test]
 //! fn huge_pages_in_a_host_vm() {
-//!     run_tests(&HostVmConfig::new().hugepages_2m(64).carry_library(), "inside::");
+//!     run_tests(&HostVmConfig::new().hugepages_2m(64).carry_library(), &["inside::"]);
 //! }
 //!
 //! mod inside {

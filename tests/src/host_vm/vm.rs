@@ -160,8 +160,8 @@ impl Drop for HostVm {
     }
 }
 
-/// Boots a host and runs tests of the calling test program in it, one after the other: those that are
-/// ignored and whose names contain `filter`. Their output is shown as it comes.
+/// Boots a host and runs tests of the calling test program in it, one after the other: those whose names
+/// contain one of `filters`, ignored or not. Their output is shown as it comes.
 ///
 /// A machine without what a host VM needs skips them and says why, but not where the project's checks
 /// run (`CI=true`).
@@ -169,45 +169,46 @@ impl Drop for HostVm {
 /// # Panics
 /// A test fails, or there is none; the host does not boot, or takes too long.
 #[expect(clippy::panic, reason = "this is how a test fails")]
-pub fn run_tests(config: &HostVmConfig, filter: &str) {
-    if HostVmPrerequisites::find_or_skip(filter).is_none() {
+pub fn run_tests(config: &HostVmConfig, filters: &[&str]) {
+    let name = filters.join(" ");
+    if HostVmPrerequisites::find_or_skip(&name).is_none() {
         return;
     }
-    let program = std::env::current_exe().unwrap_or_else(|error| panic!("{filter}: {error}"));
+    let program = std::env::current_exe().unwrap_or_else(|error| panic!("{name}: {error}"));
     let mut vm = config
         .clone()
         .carry(&program)
         .boot()
-        .unwrap_or_else(|error| panic!("{filter}: {error}"));
+        .unwrap_or_else(|error| panic!("{name}: {error}"));
     let by = if vm.has_kvm() { "KVM" } else { "emulation" };
     println!(
         "host VM ({by}) up after {:.1} s",
         vm.booted_in().as_secs_f64()
     );
+    let program = program.to_string_lossy();
     // Inside, nothing may be skipped.
-    let arguments = [
-        "CI=true",
-        "RUST_BACKTRACE=1",
-        &program.to_string_lossy(),
-        "--ignored",
-        "--nocapture",
-        "--test-threads=1",
-        filter,
-    ];
+    let mut arguments = vec!["CI=true", "RUST_BACKTRACE=1", &program];
+    arguments.extend(["--include-ignored", "--nocapture", "--test-threads=1"]);
+    arguments.extend(filters);
+    let begin = Instant::now();
     let watch = |line: &str| {
         println!("{line}");
-        // Not captured, so that a long run can be followed with --nocapture.
+        // A long run can be followed with --nocapture.
         let _ = std::io::stdout().flush();
     };
     let ran = vm.run_program(Path::new("env"), &arguments, config.patience, watch);
+    println!(
+        "tests in the host VM took {:.1} s",
+        begin.elapsed().as_secs_f64()
+    );
     match ran {
         Ok(output) if output.contains("test result: ok. 0 passed") => {
-            panic!("no test is called {filter}")
+            panic!("no test is called {name}")
         }
         Ok(_) => {}
         Err(GuestError::Command { status, .. }) => {
             panic!("tests in the host VM ended with status {status}; their output is above")
         }
-        Err(error) => panic!("{filter}: {error}"),
+        Err(error) => panic!("{name}: {error}"),
     }
 }

@@ -16,8 +16,10 @@ use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::ptr;
 
-/// The alignment of every mapping: that of the huge frames the tests use.
+/// The alignment of a mapping: that of the huge frames most tests use.
 const ALIGN: usize = 2 << 20;
+/// And that of the largest.
+const GIGANTIC: usize = 1 << 30;
 
 /// What is behind a piece of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,8 +35,14 @@ pub enum Backing {
         /// The offset in the file.
         offset_bytes: u64,
     },
+    /// The same from its beginning, with MADV_HUGEPAGE.
+    MemfdHuge,
     /// A memfd of huge pages of 2 MiB, mapped shared.
     Hugetlb,
+    /// A memfd of huge pages of 1 GiB, mapped shared.
+    HugetlbGigantic,
+    /// Private anonymous memory in huge pages of 2 MiB (MAP_HUGETLB).
+    AnonymousHugetlb,
 }
 
 /// A mapping that lives as long as this value.
@@ -61,7 +69,11 @@ impl Mapping {
     /// The host has not got the memory, or no huge pages for [`Backing::Hugetlb`].
     pub fn new(name: &str, backing: Backing, len_bytes: u64) -> Result<Self> {
         let len = usize::try_from(len_bytes).map_err(|_| VmmError::NoMemory("the mapping"))?;
-        let reserved = len.next_multiple_of(ALIGN) + 2 * ALIGN;
+        let align = match backing {
+            Backing::HugetlbGigantic => GIGANTIC,
+            _ => ALIGN,
+        };
+        let reserved = len.next_multiple_of(align) + 2 * align;
         // SAFETY: a new mapping at an address of the kernel's choice affects nothing else.
         let reservation = unsafe {
             libc::mmap(
@@ -76,7 +88,7 @@ impl Mapping {
         if reservation == libc::MAP_FAILED {
             return Err(VmmError::last_os("cannot reserve address space"));
         }
-        let start = (reservation as usize + 1).next_multiple_of(ALIGN);
+        let start = (reservation as usize + 1).next_multiple_of(align);
         // From here on dropping `mapping` gives the reservation back.
         let mut mapping = Self {
             reservation,
@@ -95,11 +107,22 @@ impl Mapping {
                 mapping.file = Some(memfd(name, 0, offset_bytes + len_bytes)?);
                 (libc::MAP_SHARED, offset_bytes)
             }
-            Backing::Hugetlb => {
-                let huge = libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
-                mapping.file = Some(memfd(name, huge, len_bytes)?);
+            Backing::MemfdHuge => {
+                mapping.file = Some(memfd(name, 0, len_bytes)?);
                 (libc::MAP_SHARED, 0)
             }
+            Backing::Hugetlb | Backing::HugetlbGigantic => {
+                let size = match backing {
+                    Backing::Hugetlb => libc::MFD_HUGE_2MB,
+                    _ => libc::MFD_HUGE_1GB,
+                };
+                mapping.file = Some(memfd(name, libc::MFD_HUGETLB | size, len_bytes)?);
+                (libc::MAP_SHARED, 0)
+            }
+            Backing::AnonymousHugetlb => (
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+                0,
+            ),
         };
         let offset = i64::try_from(offset).map_err(|_| VmmError::NoMemory("the file offset"))?;
         // SAFETY: [base, base + len) lies inside the reservation that was just made and that
@@ -117,7 +140,7 @@ impl Mapping {
         if mapped == libc::MAP_FAILED {
             return Err(VmmError::last_os("cannot map guest memory"));
         }
-        if backing == Backing::AnonymousHuge {
+        if matches!(backing, Backing::AnonymousHuge | Backing::MemfdHuge) {
             // SAFETY: advice on the mapping that was just made. Where the host has no huge pages
             // it stays with small ones.
             unsafe { libc::madvise(mapping.base.cast(), len, libc::MADV_HUGEPAGE) };
@@ -152,7 +175,37 @@ impl Mapping {
     /// Whether it is mapped shared.
     #[must_use]
     pub fn is_shared(&self) -> bool {
-        !matches!(self.backing, Backing::Anonymous | Backing::AnonymousHuge)
+        !matches!(
+            self.backing,
+            Backing::Anonymous | Backing::AnonymousHuge | Backing::AnonymousHugetlb
+        )
+    }
+
+    /// Has the host take its memory from `node` alone (mbind(2)).
+    ///
+    /// # Errors
+    /// The host has no such node.
+    pub fn bind(&self, node: u32) -> Result<()> {
+        const MPOL_BIND: libc::c_int = 2;
+        let nodes = 1u64 << node.min(63);
+        // SAFETY: the mapping is ours; the mask has 64 bits, which is one less than the call is told,
+        // as it wants it. No contents change.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_mbind,
+                self.base,
+                self.len,
+                MPOL_BIND,
+                &raw const nodes,
+                65usize,
+                0u32,
+            )
+        };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(VmmError::last_os("cannot bind guest memory to a node"))
+        }
     }
 
     /// How much host memory is allocated behind it, as the kernel says: for a file its blocks
@@ -186,7 +239,8 @@ impl Mapping {
                 .map(|(from, to)| (address(from), address(to)))
             {
                 inside = start <= from && to <= end;
-            } else if inside && first == "Rss:" {
+            } else if inside && matches!(first, "Rss:" | "Private_Hugetlb:") {
+                // The resident set leaves huge pages of hugetlbfs out.
                 let kib: u64 = words.next().and_then(|kib| kib.parse().ok()).unwrap_or(0);
                 sum += kib << 10;
             }

@@ -21,7 +21,8 @@
 //! - [`memballoon`]: a machine with the other virtio balloon, device ID 13, and its driver;
 //! - [`vmware`]: a machine whose guest speaks VMware's commands, as Linux's vmw_balloon does;
 //! - [`hostile`]: a driver that writes anything anywhere;
-//! - [`books`]: the device's counters, and whether they balance (I4).
+//! - [`books`]: the device's counters, and whether they balance (I4);
+//! - [`usage`]: what this process has of the host, to find what is not given back.
 
 pub mod allocator;
 pub mod books;
@@ -39,6 +40,7 @@ pub mod mapping;
 pub mod memballoon;
 pub mod migration;
 pub mod ram;
+pub mod usage;
 pub mod vmware;
 pub mod vring;
 pub mod working_set;

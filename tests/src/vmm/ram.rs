@@ -9,7 +9,7 @@ use super::error::{Result, VmmError};
 use super::mapping::{Backing, Mapping};
 use aerostat::{
     AEROSTAT_REGION_EXTRA, AEROSTAT_REGION_PINNED, AEROSTAT_REGION_READONLY,
-    AEROSTAT_REGION_SHARED, aerostat_memory_region,
+    AEROSTAT_REGION_SHARED, AEROSTAT_REGION_TRANSPARENT_HUGE, aerostat_memory_region,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
@@ -33,6 +33,10 @@ pub struct RegionSpec {
     pub extra: bool,
     /// Told to the library: the host node, or -1.
     pub node: i32,
+    /// The host node that the memory is really bound to, if it is.
+    pub bound: Option<u32>,
+    /// Told to the library: keep transparent huge pages whole.
+    pub transparent_huge: bool,
 }
 
 impl RegionSpec {
@@ -48,6 +52,8 @@ impl RegionSpec {
             pinned: false,
             extra: false,
             node: -1,
+            bound: None,
+            transparent_huge: false,
         }
     }
 }
@@ -90,6 +96,9 @@ impl GuestRam {
     pub fn with(&self, spec: RegionSpec) -> Result<Self> {
         let mut regions = self.regions.clone();
         let mapping = Arc::new(Mapping::new(self.name, spec.backing, spec.len_bytes)?);
+        if let Some(node) = spec.bound {
+            mapping.bind(node)?;
+        }
         regions.push(Region { spec, mapping });
         regions.sort_by_key(|region| region.spec.gpa);
         let name = self.name;
@@ -121,6 +130,7 @@ impl GuestRam {
                 flags: flag(mapping.is_shared(), AEROSTAT_REGION_SHARED)
                     | flag(spec.readonly, AEROSTAT_REGION_READONLY)
                     | flag(spec.pinned, AEROSTAT_REGION_PINNED)
+                    | flag(spec.transparent_huge, AEROSTAT_REGION_TRANSPARENT_HUGE)
                     | flag(spec.extra, AEROSTAT_REGION_EXTRA),
                 gpa: spec.gpa,
                 len_bytes: spec.len_bytes,

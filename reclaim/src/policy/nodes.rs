@@ -1,0 +1,116 @@
+//! Demand and targets by host node (X2).
+//!
+//! A VM with per-node targets is asked on the node that lacks memory. Any other VM helps a node as
+//! far as its memory lies there: its balloon takes pages from wherever the guest finds them, so what
+//! a node gets of it is its part of the VM.
+
+use super::{
+    aerostat::Plan,
+    amount::{ratio, scaled, whole_pages},
+    types::{HostSample, NodeId, NodeTarget, VmSample},
+};
+
+/// A part of the host with a demand of its own.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Domain {
+    /// `None`: the whole host.
+    pub(super) node: Option<NodeId>,
+    /// What guests should give there.
+    pub(super) demand_bytes: u64,
+    /// Its part of the host's memory.
+    part: f64,
+}
+
+/// Divides the demand over the nodes: each at least what it lacks itself, the rest by size. What is
+/// on its way is expected everywhere in the same proportion.
+pub(super) fn domains(
+    host: &HostSample,
+    demand_bytes: u64,
+    by_node: Vec<u64>,
+    pending_bytes: u64,
+) -> Vec<Domain> {
+    if host.nodes.len() < 2 {
+        return vec![Domain {
+            node: None,
+            demand_bytes,
+            part: 1.0,
+        }];
+    }
+    let lacking: u64 = by_node.iter().copied().fold(0, u64::saturating_add);
+    let arriving = ratio(pending_bytes, lacking).min(1.0);
+    let still = scaled(lacking, 1.0 - arriving);
+    let rest = demand_bytes.saturating_sub(still);
+    let total: u64 = host.nodes.iter().map(|node| node.total_bytes).sum();
+    let nodes = host.nodes.iter().zip(by_node);
+    nodes
+        .map(|(node, lacks)| {
+            let part = ratio(node.total_bytes, total);
+            Domain {
+                node: Some(node.node),
+                demand_bytes: scaled(lacks, 1.0 - arriving) + scaled(rest, part),
+                part,
+            }
+        })
+        .collect()
+}
+
+/// Targets of this VM can be set by node, and its nodes are known.
+pub(super) fn by_node(vm: &VmSample) -> bool {
+    vm.capabilities.per_node_targets && !vm.nodes.is_empty()
+}
+
+/// The part of the VM's memory that lies in the domain. Where that is not known, the domain's part
+/// of the host.
+pub(super) fn part_on(vm: &VmSample, domain: &Domain) -> f64 {
+    let Some(node) = domain.node else {
+        return 1.0;
+    };
+    let all: u64 = vm.nodes.iter().map(|node| node.current_bytes).sum();
+    if all == 0 {
+        return domain.part;
+    }
+    let here = vm.nodes.iter().filter(|sample| sample.node == node);
+    ratio(here.map(|sample| sample.current_bytes).sum(), all)
+}
+
+/// The plan's target by node; empty for a balloon with one target. What a round gives is added where
+/// it is needed; what goes back comes from every node in proportion, and so does a floor.
+pub(super) fn targets(plan: &Plan<'_>) -> Vec<NodeTarget> {
+    let vm = plan.vm;
+    if !by_node(vm) {
+        return Vec::new();
+    }
+    let mut targets: Vec<NodeTarget> = vm
+        .nodes
+        .iter()
+        .map(|node| {
+            let gives = plan.node_gives.iter().filter(|(id, _)| *id == node.node);
+            let add: u64 = gives.map(|(_, bytes)| bytes).sum();
+            NodeTarget {
+                node: node.node,
+                target_bytes: node.target_bytes.saturating_add(add),
+            }
+        })
+        .collect();
+    let sum: u64 = targets.iter().map(|node| node.target_bytes).sum();
+    let occupied: u64 = vm.nodes.iter().map(|node| node.current_bytes).sum();
+    if sum != plan.target_bytes {
+        let factor = ratio(plan.target_bytes, sum);
+        for (target, node) in targets.iter_mut().zip(&vm.nodes) {
+            target.target_bytes = if sum == 0 {
+                scaled(plan.target_bytes, ratio(node.current_bytes, occupied))
+            } else {
+                scaled(target.target_bytes, factor)
+            };
+        }
+    }
+    for target in &mut targets {
+        target.target_bytes = whole_pages(target.target_bytes);
+    }
+    // Rounding goes to the first node, so that the sum is the target.
+    let others: u64 = targets.iter().skip(1).map(|node| node.target_bytes).sum();
+    if let Some(first) = targets.first_mut() {
+        first.target_bytes = plan.target_bytes.saturating_sub(others);
+    }
+    targets
+}
