@@ -5,17 +5,20 @@
 
 mod extra;
 mod refusal;
+mod report;
 mod write_behind;
 
 pub(crate) use refusal::Reason;
 
-use crate::discard::Discarder;
 use crate::discard::plan::Piece;
+use crate::discard::restore::restore;
 use crate::discard::window::Window;
+use crate::discard::{DeflateOptions, Discarder};
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, PfnRange, Region};
 use crate::metrics::{Books, Counters, Entry, Flow};
 use crate::pages::frames::Frames;
 use crate::pages::ownership::{Bitmap, Ownership};
+use crate::service::lock::Waiting;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -63,6 +66,10 @@ pub(crate) struct Balloon {
     discarder: Discarder,
     inhibited: bool,
     window: Window,
+    /// What is done for pages that the guest takes back.
+    deflate: DeflateOptions,
+    /// Whether somebody waits for the device to stand still.
+    waiting: Arc<Waiting>,
     /// Kept between calls for its allocation only.
     pieces: Vec<Piece>,
     /// What was taken of an offer and is to be settled; else empty.
@@ -83,9 +90,16 @@ impl Balloon {
             extra_grant_bytes: 0,
             discarder,
             inhibited: false,
+            deflate: DeflateOptions::default(),
+            waiting: Arc::default(),
             pieces: Vec::new(),
             taken: Vec::new(),
         }
+    }
+
+    /// Heeds whether somebody waits for the device to stand still.
+    pub(crate) fn heed(&mut self, waiting: Arc<Waiting>) {
+        self.waiting = waiting;
     }
 
     /// The table it works on.
@@ -168,6 +182,9 @@ impl Balloon {
     /// The guest wants `ranges` back: sorted and disjoint. From now on they are never discarded.
     pub(crate) fn take(&mut self, ranges: &[PfnRange], duplicate_pages: u64, books: &Books) {
         self.land_before(ranges);
+        let restores = self.deflate.is_any() && !self.inhibited;
+        let mut returned = std::mem::take(&mut self.pieces);
+        returned.clear();
         books.enter(|entry| {
             bump(
                 &mut entry.device().rejected_take_bytes,
@@ -182,8 +199,17 @@ impl Balloon {
                         return;
                     };
                     let mut taken_pages = 0;
+                    let mut take = |run: PfnRange| {
+                        taken_pages += run.pages();
+                        if restores && !region.pinned {
+                            returned.push(Piece {
+                                region: index,
+                                range: run,
+                            });
+                        }
+                    };
                     if region.pages_per_frame() == 1 {
-                        bitmap.remove(range, |run| taken_pages += run.pages());
+                        bitmap.remove(range, take);
                         let flow = &mut entry.node(region.node).balloon;
                         window.remove(index, range, |run| {
                             lower(&mut flow.pending_bytes, run.bytes());
@@ -195,7 +221,7 @@ impl Balloon {
                             // A frame that waits to be discarded no longer does: it is held again.
                             window.remove(index, frame, |run| open.waiting_bytes += run.bytes());
                             bitmap.remove(frame.intersection(range), |run| {
-                                taken_pages += run.pages();
+                                take(run);
                                 open.after_pages -= run.pages();
                             });
                         }
@@ -214,58 +240,23 @@ impl Balloon {
                 open.close(entry);
             }
         });
+        let ownership = &mut self.ownership;
+        restore(&self.memory, &returned, self.deflate, |region, range| {
+            let bitmap = ownership.region(region);
+            bitmap.map_or(0, |bitmap| bitmap.count(range))
+        });
+        self.pieces = returned;
     }
 
-    /// The guest says that `ranges` hold nothing it needs (page reporting): discards them now. They
-    /// stay the guest's. `duplicate_pages` as for [`Self::give`]; `poisoned` leaves them alone since
-    /// the guest expects its poison there (S10).
-    pub(crate) fn report(
-        &mut self,
-        ranges: &[PfnRange],
-        duplicate_pages: u64,
-        poisoned: bool,
-        books: &Books,
-    ) {
-        let mut pieces = std::mem::take(&mut self.pieces);
-        pieces.clear();
-        books.enter(|entry| {
-            let flow = &mut entry.device().report;
-            bump(&mut flow.requested_bytes, bytes(duplicate_pages));
-            bump(&mut flow.skipped_duplicate_bytes, bytes(duplicate_pages));
-            for &range in ranges {
-                let outside = in_regions(&self.memory, range, |index, region, range| {
-                    let flow = &mut entry.node(region.node).report;
-                    bump(&mut flow.requested_bytes, range.bytes());
-                    if region.readonly {
-                        bump(&mut flow.skipped_out_of_range_bytes, range.bytes());
-                        return;
-                    }
-                    let whole = if poisoned {
-                        None
-                    } else {
-                        Frames::of(region).inside(range)
-                    };
-                    let discard = whole.map_or(0, |whole| whole.bytes());
-                    bump(&mut flow.skipped_partial_bytes, range.bytes() - discard);
-                    bump(&mut flow.pending_bytes, discard);
-                    pieces.extend(whole.map(|range| Piece {
-                        region: index,
-                        range,
-                    }));
-                });
-                let flow = &mut entry.device().report;
-                bump(&mut flow.requested_bytes, bytes(outside));
-                bump(&mut flow.skipped_out_of_range_bytes, bytes(outside));
-            }
-        });
-        self.discard(&pieces, Account::Report, books);
-        self.pieces = pieces;
+    /// Changes what is done for pages that the guest takes back.
+    pub(crate) fn set_deflate(&mut self, options: DeflateOptions) {
+        self.deflate = options;
     }
 
     /// The balloon is empty again: the guest owns every page that it booted with, and no other (device
     /// reset). What waits is not discarded any more.
     pub(crate) fn reset(&mut self, books: &Books) {
-        self.wait_for_flight();
+        self.wait_for_flights();
         let load = self.window.unload(&self.memory, &mut self.ownership);
         books.enter(|entry| {
             for piece in &load.exact {

@@ -5,6 +5,7 @@
 //! flight: the lock is the drain barrier of pause, reset, inhibit and the memory table (I2). What
 //! vCPU threads and monitors need without waiting (configuration space, target, state) is outside.
 
+mod extras;
 mod host_reset;
 
 use crate::balloon::{Balloon, bump};
@@ -191,6 +192,7 @@ impl Device {
         if service.state != DeviceState::Configuring || service.queues.started() != 0 {
             return Err(Error::AlreadyStarted("the device"));
         }
+        service.queues.forget();
         service.features = Some(features);
         self.shared.show(&service);
         Ok(())
@@ -218,6 +220,7 @@ impl Device {
             Some(balloon) => balloon.set_memory(memory, &self.shared.books),
             none => {
                 let mut balloon = Balloon::new(memory, self.runtime.discarder());
+                balloon.heed(Arc::clone(self.shared.service.waiting()));
                 balloon.set_inhibited(inhibited, &self.shared.books);
                 balloon.set_extra_grant(extra_grant_bytes);
                 *none = Some(balloon);
@@ -523,7 +526,17 @@ impl Device {
     /// be active.
     pub fn submit(&self, elements: Vec<Element>) -> Result<()> {
         self.expect_active()?;
-        self.shared.submit(elements)
+        self.shared.submit(elements, false)
+    }
+
+    /// As [`Self::submit`], and serves the device on the calling thread, for one turn, unless a worker is
+    /// with it: no other thread has to be woken, and the completions are there when this returns.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub fn submit_and_serve(&self, elements: Vec<Element>) -> Result<()> {
+        self.expect_active()?;
+        self.shared.submit(elements, true)
     }
 
     /// Collects up to `max` completions, in the order in which they were finished.

@@ -7,26 +7,30 @@ use aerostat_device::DeviceKind;
 
 const KIND: DeviceKind = DeviceKind::VirtioBalloon;
 
-/// The device's own features, by the names that VMMs give them.
-const DEVICE: [(&str, u64); 8] = [
+/// Queues have the packed layout.
+pub(crate) const RING_PACKED: u64 = 1 << 34;
+
+/// What can be chosen, by the names that VMMs give them: the device's own features, and how its rings are
+/// laid out and used.
+const CHOICES: [(&str, u64); 10] = [
     ("must-tell-host", 1 << 0),
     ("stats-vq", 1 << 1),
     ("deflate-on-oom", 1 << 2),
     ("free-page-hint", 1 << 3),
     ("page-poison", 1 << 4),
     ("page-reporting", 1 << 5),
+    ("ring-packed", RING_PACKED),
+    ("in-order", 1 << 35),
     ("page-refusal", 1 << 50),
     ("host-reset", 1 << 51),
 ];
 
 /// The transport's, which are not for choosing.
-const TRANSPORT: [(&str, u64); 7] = [
+const TRANSPORT: [(&str, u64); 5] = [
     ("ring-indirect-desc", 1 << 28),
     ("ring-event-idx", 1 << 29),
     ("version-1", 1 << 32),
     ("access-platform", 1 << 33),
-    ("ring-packed", 1 << 34),
-    ("in-order", 1 << 35),
     ("order-platform", 1 << 36),
 ];
 
@@ -39,7 +43,7 @@ pub(crate) fn names(features: u64) -> Vec<String> {
         .map(|bit| (bit, 1_u64 << bit))
         .filter(|(_, mask)| features & mask != 0)
         .map(|(bit, mask)| {
-            let mut known = DEVICE.iter().chain(&TRANSPORT);
+            let mut known = CHOICES.iter().chain(&TRANSPORT);
             known
                 .find(|(_, known)| *known == mask)
                 .map_or_else(|| format!("bit-{bit}"), |(name, _)| (*name).to_owned())
@@ -49,7 +53,7 @@ pub(crate) fn names(features: u64) -> Vec<String> {
 
 /// The features of the device that can be offered, by name.
 pub(crate) fn supported() -> impl Iterator<Item = &'static str> {
-    DEVICE
+    CHOICES
         .iter()
         .filter(|(_, bit)| KIND.supported_features() & bit != 0)
         .map(|(name, _)| *name)
@@ -71,7 +75,7 @@ pub(crate) fn parse(list: &str) -> Result<u64, String> {
 }
 
 fn bit(name: &str) -> Result<u64, String> {
-    DEVICE
+    CHOICES
         .iter()
         .filter(|(_, bit)| KIND.supported_features() & bit != 0)
         .find_map(|(known, bit)| (*known == name).then_some(*bit))

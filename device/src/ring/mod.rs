@@ -5,6 +5,8 @@
 //! fault are told apart: a [`RingError`] leaves nothing to go on with (NEEDS_RESET, S4), while a
 //! fault inside a chain is acknowledged and counted (I3).
 
+#[cfg(feature = "bench")]
+pub(crate) mod bench;
 pub(crate) mod chain;
 mod indirect;
 mod packed;
@@ -26,6 +28,8 @@ pub(crate) struct RingFeatures {
     pub(crate) packed: bool,
     pub(crate) indirect: bool,
     pub(crate) event_idx: bool,
+    /// One used entry stands for a batch of buffers, where it may (2.7.9, 2.8.9).
+    pub(crate) in_order: bool,
 }
 
 impl RingFeatures {
@@ -36,8 +40,19 @@ impl RingFeatures {
             packed: has(34),
             indirect: has(28),
             event_idx: has(29),
+            in_order: has(35),
         }
     }
+}
+
+/// The mark in a ring's tokens that a later chain may share this one's used entry (IN_ORDER). Where
+/// something could be written none may: what an entry skips is assumed to be written in full.
+const SHARES_ENTRY: u64 = 1 << 32;
+
+/// The token of `chain`, of which the lower bits say what names it.
+fn token(name: u64, chain: &Chain, features: RingFeatures) -> u64 {
+    let shares = features.in_order && chain.writable_bytes() == 0;
+    name | if shares { SHARES_ENTRY } else { 0 }
 }
 
 /// A ring that can no longer be served: its own structure is broken.
@@ -123,6 +138,11 @@ impl Ring {
             None => self.position(),
             Some(token) => either!(self, ring => ring.position_before(token)),
         }
+    }
+
+    /// Whether the guest has made a chain available, or broken its index.
+    pub(crate) fn has_next(&self) -> bool {
+        either!(self, ring => ring.has_next())
     }
 
     /// Takes the next chain; `Ok(false)` if the guest has none.

@@ -34,6 +34,8 @@ pub(crate) struct SplitRing {
     features: RingFeatures,
     /// Entries written to the used ring that its index does not show yet.
     unpublished: u16,
+    /// Where among them the last entry was written, if later buffers may share it (IN_ORDER).
+    batch: Option<u16>,
     /// The used index the guest was last asked about, to know whether it wants to be told (2.7.7).
     /// `None` until the first time: then it is told in any case.
     notified_at: Option<u16>,
@@ -113,6 +115,7 @@ impl SplitRing {
             position,
             features,
             unpublished: 0,
+            batch: None,
             notified_at: None,
         })
     }
@@ -133,6 +136,11 @@ impl SplitRing {
         usize::from(index & (self.size - 1))
     }
 
+    /// Whether the guest's index shows a chain.
+    pub(crate) fn has_next(&self) -> bool {
+        self.avail.load_u16_acquire(RING_INDEX) != self.position.next_avail
+    }
+
     /// Takes the next chain; `Ok(false)` if the guest has none.
     pub(crate) fn pop(
         &mut self,
@@ -151,7 +159,7 @@ impl SplitRing {
             .avail
             .load_u16(RING_ENTRIES + 2 * self.slot(self.position.next_avail));
         self.walk(memory, head, chain)?;
-        chain.token = u64::from(head);
+        chain.token = super::token(u64::from(head), chain, self.features);
         self.position.next_avail = self.position.next_avail.wrapping_add(1);
         Ok(true)
     }
@@ -225,13 +233,17 @@ impl SplitRing {
     }
 
     /// Completes a chain; the guest sees it after [`Self::publish`].
-    pub(crate) fn complete(&mut self, head: u64, written: u32) {
-        let slot = self.slot(self.position.next_used.wrapping_add(self.unpublished));
+    pub(crate) fn complete(&mut self, token: u64, written: u32) {
+        let place = self.batch.take().unwrap_or(self.unpublished);
+        let slot = self.slot(self.position.next_used.wrapping_add(place));
         let offset = RING_ENTRIES + USED_ENTRY_BYTES * slot;
-        self.used
-            .store_u32(offset, u32::try_from(head).unwrap_or(u32::MAX));
+        let head = u32::try_from(token & u64::from(u16::MAX)).unwrap_or(u32::MAX);
+        self.used.store_u32(offset, head);
         self.used.store_u32(offset + 4, written);
         self.unpublished = self.unpublished.wrapping_add(1);
+        if token & super::SHARES_ENTRY != 0 {
+            self.batch = Some(place);
+        }
     }
 
     /// Shows all completed chains to the guest at once. Returns whether it wants to be told.
@@ -241,6 +253,7 @@ impl SplitRing {
         }
         self.position.next_used = self.position.next_used.wrapping_add(self.unpublished);
         self.unpublished = 0;
+        self.batch = None;
         self.used
             .store_u16_release(RING_INDEX, self.position.next_used);
         // The guest writes its wish, then looks at the index; we write the index, then look at the
@@ -257,10 +270,18 @@ impl SplitRing {
         old.is_none_or(|old| super::passed(event, old, new))
     }
 
+    /// Where the available index is named at which the guest is to kick.
+    fn avail_event(&self) -> usize {
+        RING_ENTRIES + USED_ENTRY_BYTES * usize::from(self.size)
+    }
+
     /// Asks the guest not to kick while the ring is being served.
     pub(crate) fn suppress_kicks(&mut self) {
-        // With EVENT_IDX an event index that stays behind does the same (2.7.10).
-        if !self.features.event_idx {
+        if self.features.event_idx {
+            // An index that the guest has passed already (2.7.10).
+            let behind = self.position.next_avail.wrapping_sub(1);
+            self.used.store_u16_release(self.avail_event(), behind);
+        } else {
             self.used.store_u16_release(RING_FLAGS, USED_F_NO_NOTIFY);
         }
     }
@@ -269,13 +290,13 @@ impl SplitRing {
     /// kick for.
     pub(crate) fn want_kicks(&mut self) -> bool {
         if self.features.event_idx {
-            let event = RING_ENTRIES + USED_ENTRY_BYTES * usize::from(self.size);
-            self.used.store_u16_release(event, self.position.next_avail);
+            self.used
+                .store_u16_release(self.avail_event(), self.position.next_avail);
         } else {
             self.used.store_u16_release(RING_FLAGS, 0);
         }
         full_barrier();
-        self.avail.load_u16_acquire(RING_INDEX) != self.position.next_avail
+        self.has_next()
     }
 }
 

@@ -20,23 +20,60 @@ pub(super) struct Queue {
 
 /// The queues by their numbers; those that are not started are empty places.
 #[derive(Debug)]
-pub(crate) struct Queues(Vec<Option<Queue>>);
+pub(crate) struct Queues {
+    places: Vec<Option<Queue>>,
+    /// Those that were started since the last reset, a bit each, whether they are now or not.
+    known: u32,
+}
 
 impl Queues {
     /// No queue of `count` is started.
     pub(crate) fn new(count: u16) -> Self {
-        Self((0..count).map(|_| None).collect())
+        Self {
+            places: (0..count).map(|_| None).collect(),
+            known: 0,
+        }
     }
 
     /// How many there can be.
     pub(crate) fn count(&self) -> u16 {
         // Made of a u16.
-        u16::try_from(self.0.len()).unwrap_or(u16::MAX)
+        u16::try_from(self.places.len()).unwrap_or(u16::MAX)
     }
 
     /// The started queues, a bit each.
     pub(crate) fn started(&self) -> u32 {
         self.that(|_| true)
+    }
+
+    /// The queues that the driver set up, a bit each: which is which does not change while some of them
+    /// are stopped for a while.
+    pub(crate) fn known(&self) -> u32 {
+        self.known
+    }
+
+    /// The rings among `queues`, with their bits.
+    pub(super) fn rings(&mut self, queues: u32) -> impl Iterator<Item = (u32, &mut Ring)> {
+        let bits = (0..u32::BITS).map(|index| 1 << index);
+        let places = self.places.iter_mut().zip(bits);
+        places.filter_map(
+            move |(queue, bit)| match queue.as_mut().map(|queue| &mut queue.source) {
+                Some(Source::Ring(queue)) if queues & bit != 0 => Some((bit, &mut queue.ring)),
+                _ => None,
+            },
+        )
+    }
+
+    /// Puts a queue into its place.
+    pub(super) fn start(&mut self, index: u16, queue: Queue) -> Result<()> {
+        *self.slot(index)? = Some(queue);
+        self.known |= 1u32.checked_shl(u32::from(index)).unwrap_or(0);
+        Ok(())
+    }
+
+    /// The next driver may set up others.
+    pub(crate) fn forget(&mut self) {
+        self.known = self.started();
     }
 
     /// The started queues whose elements the VMM pops, a bit each.
@@ -45,14 +82,14 @@ impl Queues {
     }
 
     fn that(&self, wanted: impl Fn(&Source) -> bool) -> u32 {
-        let bits = self.0.iter().zip(0..);
+        let bits = self.places.iter().zip(0..);
         bits.filter(|(queue, _)| queue.as_ref().is_some_and(|queue| wanted(&queue.source)))
             .fold(0, |mask, (_, bit)| mask | 1 << bit)
     }
 
     /// The source of a started queue.
     pub(crate) fn source(&mut self, index: u16) -> Option<&mut Source> {
-        let queue = self.0.get_mut(usize::from(index))?.as_mut()?;
+        let queue = self.places.get_mut(usize::from(index))?.as_mut()?;
         Some(&mut queue.source)
     }
 
@@ -61,12 +98,12 @@ impl Queues {
         let missing = Error::NoQueue {
             index: u32::from(index),
         };
-        self.0.get_mut(usize::from(index)).ok_or(missing)
+        self.places.get_mut(usize::from(index)).ok_or(missing)
     }
 
     /// How many elements wait in all queues.
     pub(super) fn waiting_elements(&self) -> usize {
-        let queues = self.0.iter().flatten();
+        let queues = self.places.iter().flatten();
         queues.map(|queue| queue.source.waiting_elements()).sum()
     }
 
@@ -79,12 +116,12 @@ impl Queues {
             }) => queue.ring.moved(memory).map(Some),
             _ => Ok(None),
         };
-        self.0.iter().map(moved).collect()
+        self.places.iter().map(moved).collect()
     }
 
     /// Goes on with the rings that [`Self::moved_rings`] returned.
     pub(crate) fn replace_rings(&mut self, rings: Vec<Option<Ring>>) {
-        for (queue, ring) in self.0.iter_mut().zip(rings) {
+        for (queue, ring) in self.places.iter_mut().zip(rings) {
             if let (
                 Some(Queue {
                     source: Source::Ring(queue),
@@ -127,7 +164,7 @@ impl Queues {
                 Source::Elements(_) => SavedQueue::Elements,
             })
         };
-        self.0.iter().zip(0..).map(saved).collect()
+        self.places.iter().zip(0..).map(saved).collect()
     }
 }
 

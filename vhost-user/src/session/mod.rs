@@ -25,6 +25,7 @@ use crate::wake::{Wake, is_ready, wait};
 use aerostat_device::{Device, DeviceState, GuestMemory};
 use error::Refusal;
 pub(crate) use error::SessionError;
+pub(crate) use memory::MAX_MAPPINGS;
 use memory::MAX_MEM_SLOTS;
 use rustix::event::{PollFd, PollFlags};
 use std::io;

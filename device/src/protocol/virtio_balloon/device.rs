@@ -37,10 +37,10 @@ impl VirtioBalloon {
 }
 
 /// The started queue that has `role`.
-fn index_of(role: Role, features: Features, started: u32) -> Option<u16> {
-    (0..QUEUES).find(|index| {
-        started & (1 << index) != 0 && role_of(*index, features, started) == Some(role)
-    })
+fn index_of(role: Role, features: Features, queues: &Queues) -> Option<u16> {
+    let (started, known) = (queues.started(), queues.known());
+    (0..QUEUES)
+        .find(|index| started & (1 << index) != 0 && role_of(*index, features, known) == Some(role))
 }
 
 impl Protocol for VirtioBalloon {
@@ -94,6 +94,7 @@ impl Protocol for VirtioBalloon {
             balloon: loan.balloon,
             scratch: loan.scratch,
             books: loan.books,
+            tape: loan.tape,
             stats: &self.stats,
             hints: &self.hints,
             config: &self.config,
@@ -101,10 +102,9 @@ impl Protocol for VirtioBalloon {
             ballooned_bytes: loan.ballooned_bytes,
             poisoned: self.config.poison_val() != 0 && features.contains(Features::PAGE_POISON),
         };
-        let started = queues.started();
         let mut more = 0;
         for role in Role::ALL {
-            let Some(index) = index_of(role, features, started) else {
+            let Some(index) = index_of(role, features, queues) else {
                 continue;
             };
             let Some(source) = queues.source(index) else {
@@ -130,13 +130,13 @@ impl Protocol for VirtioBalloon {
 
     fn held(&self, features: u64, queues: &Queues) -> Option<(u16, u64)> {
         let features = Features::from_bits_retain(features);
-        let index = index_of(Role::Stats, features, queues.started())?;
+        let index = index_of(Role::Stats, features, queues)?;
         Some((index, self.stats.held()?))
     }
 
     fn put_back(&self, index: u16, features: u64, queues: &mut Queues) {
         let features = Features::from_bits_retain(features);
-        let stats = index_of(Role::Stats, features, queues.started());
+        let stats = index_of(Role::Stats, features, queues);
         if stats == Some(index)
             && let Some(source) = queues.source(index)
         {

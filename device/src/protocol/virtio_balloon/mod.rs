@@ -25,6 +25,7 @@ use crate::ring::RingError;
 use crate::ring::chain::{Chain, Segment};
 use crate::ring::source::Source;
 use crate::runtime::Scratch;
+use crate::trace::{Kind, Tape};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 bitflags::bitflags! {
@@ -73,10 +74,10 @@ impl Features {
         .difference(Self::HOST_RESET);
 }
 
-/// The most PFNs a chain may carry: 32 MiB of memory; stock drivers send 256 to 1024. More is taken
+/// The most PFNs a chain may carry: 8 MiB of memory; stock drivers send 256 to 1024. More is taken
 /// as malformed, so that a single chain of scattered pages cannot keep a worker, and whoever waits for
-/// the device, busy for longer than about 0.1 s (I3).
-const MAX_CHAIN_PFNS: u64 = 1 << 13;
+/// the device, busy for longer than about 10 ms (I3).
+const MAX_CHAIN_PFNS: u64 = 1 << 11;
 /// A PFN is an le32 (5.5.6.1).
 const PFN_BYTES: u64 = 4;
 /// How much is served before other devices get a turn.
@@ -85,7 +86,7 @@ const MAX_CHAINS_PER_TURN: usize = 256;
 /// of empty buffers, which bring no entry: without this bound a turn would walk millions.
 const MAX_BUFFERS_PER_TURN: usize = 1 << 15;
 /// Listed pages and reported ranges, each of which may cost a discard of its own.
-const MAX_ENTRIES_PER_TURN: usize = 1 << 13;
+const MAX_ENTRIES_PER_TURN: usize = 1 << 11;
 /// Reported memory: 1 GiB, eight times what Linux reports in a chain.
 const MAX_REPORTED_PAGES_PER_TURN: u64 = 1 << 18;
 /// How often a queue that keeps filling up is looked at again within one turn.
@@ -97,6 +98,7 @@ struct Turn<'a> {
     balloon: &'a mut Balloon,
     scratch: &'a mut Scratch,
     books: &'a Books,
+    tape: &'a Tape,
     stats: &'a StatsBoard,
     hints: &'a HintBoard,
     config: &'a ConfigSpace,
@@ -131,7 +133,7 @@ fn serve_pages(role: Role, source: &mut Source, turn: &mut Turn<'_>) -> Result<b
             chains: |counters| &mut counters.inflate_chains,
         },
         Role::Inflate => Handler {
-            read: read_pfns,
+            read: |turn| read_pfns(turn, Kind::Inflate),
             act: |turn| {
                 // Looked at after the chains were popped: what follows an acknowledgement is not late.
                 if turn.config.reset_pending() {
@@ -145,7 +147,7 @@ fn serve_pages(role: Role, source: &mut Source, turn: &mut Turn<'_>) -> Result<b
             chains: |counters| &mut counters.inflate_chains,
         },
         Role::Deflate => Handler {
-            read: read_pfns,
+            read: |turn| read_pfns(turn, Kind::Deflate),
             act: |turn| {
                 if turn.config.reset_pending() {
                     let late = (turn.scratch.pages.len() as u64).wrapping_mul(BALLOON_PAGE_BYTES);
@@ -237,9 +239,12 @@ fn serve_batch(
 }
 
 /// Reads a chain that is a list of PFNs and nothing else. Nothing is written to it.
-fn read_pfns(turn: &mut Turn<'_>) -> (bool, u32) {
+fn read_pfns(turn: &mut Turn<'_>, kind: Kind) -> (bool, u32) {
     let Scratch { chain, pages, .. } = &mut *turn.scratch;
+    let before = pages.len();
     let understood = !chain.malformed && read_list(chain, turn.balloon.memory(), pages);
+    turn.tape
+        .pages(kind, pages.get(before..).unwrap_or_default());
     (understood && chain.writable.is_empty(), 0)
 }
 
@@ -267,7 +272,10 @@ fn read_reports(turn: &mut Turn<'_>) -> (bool, u32) {
         return (false, 0);
     }
     let directions = chain.readable.is_empty() && !chain.writable.is_empty();
+    let before = ranges.len();
     let understood = read_reports_of(&chain.writable, turn.balloon.memory(), ranges);
+    turn.tape
+        .ranges(Kind::Report, ranges.get(before..).unwrap_or_default());
     (understood && directions, 0)
 }
 
