@@ -363,6 +363,8 @@ mod tests {
             features: 0,
             config_fd: -1,
             completion_fd: -1,
+            kind: 0,
+            reserved: 0,
         };
         let mut runtime = std::ptr::null_mut();
         let [mut spoilt, mut other] = [std::ptr::null_mut(); 2];
