@@ -342,7 +342,7 @@ fn nonsense_is_answered_and_counted() -> Result<()> {
         );
     }
     // A batch that gives the page that it is in: the guest harms but itself.
-    guest.ram().write(8 * MIB, &((8 * MIB) | 0).to_le_bytes());
+    guest.ram().write(8 * MIB, &(8 * MIB).to_le_bytes());
     assert_eq!(
         guest.command(BATCHED_LOCK, [8 * MIB / PAGE_BYTES, 1])?.0,
         SUCCESS
