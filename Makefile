@@ -1,11 +1,11 @@
-# make demo | test | bench | header | clean. Each target installs what it needs first (Debian).
+# make help tells what there is. Each target installs what it needs first (Debian).
 
 CARGO ?= cargo
 GUEST ?= auto
-
+PREFIX ?= /usr/local
 SOAK_SECONDS ?= 1800
 
-.PHONY: all setup build check test suites fuzz loom soak demo bench header clean help
+.PHONY: all setup build check test suites fuzz loom soak demo bench bench-vmm qemu install deb abi header clean help
 
 all: build
 
@@ -16,8 +16,13 @@ help:
 	@echo 'make check   lints only: formatting, clippy, documentation'
 	@echo 'make fuzz    fuzz every target for FUZZ_SECONDS (60), TARGETS="split abi" some of them'
 	@echo 'make loom    models of the protocols between threads, in every order of threads'
+	@echo 'make bench   benchmarks against what other VMMs do (QUICK=1, or BENCH_SECONDS=N: shorter)'
 	@echo 'make soak    64 guests and a VMM that does anything, for SOAK_SECONDS (1800)'
-	@echo 'make bench   discard benchmarks against the per-page rival'
+	@echo 'make qemu    QEMU with the library'"'"'s balloon device, from Debian'"'"'s source package, in target/qemu'
+	@echo 'make bench-vmm  that device against QEMU'"'"'s own, in one QEMU with one guest'
+	@echo 'make install library, header, programs, manual pages: PREFIX=/usr/local, DESTDIR=, LIBDIR='
+	@echo 'make deb     a Debian package of the same, in target'
+	@echo 'make abi     take the ABI as it is now for the one that tests compare with'
 	@echo 'make header  regenerate include/aerostat.h after a change of ffi/'
 	@echo 'make build   libaerostat.so, libaerostat.a, aerostat-vhost-user (release)'
 	@echo 'make clean   remove all build products'
@@ -34,9 +39,11 @@ check: setup
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items
 
-# The library and the back-end are built first: tests run them as a VMM would, from target/debug.
+# The library and the back-end are built first: tests run them as a VMM would, from target/debug. QEMU
+# with the library's device takes some minutes the first time; it is kept in ~/.cache/aerostat.
 test: check
 	$(CARGO) build --workspace --exclude aerostat-fuzz
+	PROFILE=debug scripts/build-qemu
 	$(CARGO) test --workspace --no-fail-fast
 	$(MAKE) suites
 
@@ -67,7 +74,24 @@ demo: build
 	target/release/aerostat-demo --guest $(GUEST) --out target/demo
 
 bench: build
-	$(CARGO) bench --workspace --exclude aerostat-fuzz --bench discard
+	$(CARGO) build --release -p aerostat-vhost-user --features bench --bin aerostat-vhost-user-rival
+	$(CARGO) bench -p aerostat-tests --bench figures -- $(if $(QUICK),--quick)
+
+qemu: build
+	scripts/build-qemu
+
+bench-vmm: qemu
+	$(CARGO) bench -p aerostat-tests --bench vmm
+
+# After "make build", so that only the copying needs root.
+install:
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' LIBDIR='$(LIBDIR)' scripts/install
+
+deb: build
+	scripts/build-deb
+
+abi: setup
+	AEROSTAT_WRITE_ABI=1 $(CARGO) test -p aerostat-tests --test abi
 
 header: setup
 	AEROSTAT_WRITE_HEADER=1 $(CARGO) test -p aerostat-ffi --test header

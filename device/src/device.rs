@@ -5,6 +5,7 @@
 //! flight: the lock is the drain barrier of pause, reset, inhibit and the memory table (I2). What
 //! vCPU threads and monitors need without waiting (configuration space, target, state) is outside.
 
+mod extras;
 mod host_reset;
 
 use crate::balloon::{Balloon, bump};
@@ -510,7 +511,17 @@ impl Device {
     /// be active.
     pub fn submit(&self, elements: Vec<Element>) -> Result<()> {
         self.expect_active()?;
-        self.shared.submit(elements)
+        self.shared.submit(elements, false)
+    }
+
+    /// As [`Self::submit`], and serves the device on the calling thread, for one turn, unless a worker is
+    /// with it: no other thread has to be woken, and the completions are there when this returns.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub fn submit_and_serve(&self, elements: Vec<Element>) -> Result<()> {
+        self.expect_active()?;
+        self.shared.submit(elements, true)
     }
 
     /// Collects up to `max` completions, in the order in which they were finished.

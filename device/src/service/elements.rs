@@ -3,14 +3,15 @@
 use super::{Service, Shared};
 use crate::error::{Error, Result};
 use crate::ring::source::{Completion, Element, Source};
-use crate::runtime::Scratch;
+use crate::runtime::{Patience, Scratch, Servable};
 use std::sync::atomic::Ordering;
 
 /// The most elements that may wait for a device. VMMs have at most a queue's worth outstanding.
 const MAX_WAITING_ELEMENTS: usize = 1 << 16;
 
 impl Shared {
-    pub(crate) fn submit(&self, elements: Vec<Element>) -> Result<()> {
+    /// `here` has the calling thread serve one turn, unless a worker is with the device.
+    pub(crate) fn submit(&self, elements: Vec<Element>, here: bool) -> Result<()> {
         let count = elements.len();
         let waiting = self.outstanding.fetch_add(count, Ordering::AcqRel);
         if waiting + count > MAX_WAITING_ELEMENTS {
@@ -24,9 +25,12 @@ impl Shared {
             let _ = self.submitted.0.send(element);
         }
         let count = self.protocol.kind().queues();
-        if self.wake(queues & ((1 << count) - 1))
-            && let Some(this) = self.this.upgrade()
-        {
+        // Whoever is woken has the device; what one turn here leaves is for a worker.
+        let mut left = self.wake(queues & ((1 << count) - 1));
+        if left && here {
+            left = self.serve(&mut Scratch::default(), &Patience::NONE);
+        }
+        if left && let Some(this) = self.this.upgrade() {
             self.pool.submit(self.home.load(Ordering::Relaxed), this);
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! A running guest.
 
 use std::{
+    ops::{Deref, DerefMut},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::Child,
@@ -9,17 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FallocateFlags, FileType, Mode, OFlags};
 
-use super::{
-    GuestError, Prerequisites, UmlConfig,
-    console::{Console, ConsoleLog},
-    initramfs, launch,
-};
+use super::{GuestError, Prerequisites, Shell, UmlConfig, console::Console, initramfs, launch};
 use crate::artifacts;
-
-/// How long an ordinary command may take. User-Mode Linux is slow where it starts processes.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long the host may take to tear the guest's processes down: it frees their memory.
 const END_TIMEOUT: Duration = Duration::from_secs(20);
@@ -39,7 +33,7 @@ pub struct UmlGuest {
 #[derive(Debug)]
 struct Running {
     process: Child,
-    console: Console,
+    shell: Shell,
     host_memory: HostMemoryGauge,
     _ram: tempfile::TempDir,
 }
@@ -61,6 +55,33 @@ impl HostMemoryGauge {
             .map_err(|error| GuestError::io("asking", &self.path)(error.into()))?;
         Ok((figures.f_blocks - figures.f_bfree) * figures.f_frsize)
     }
+
+    /// Allocates every page of the guest's memory: the end of its file, behind the kernel and a gap as
+    /// large as the host's address layout made it. The file has no name any more, so it is opened
+    /// through a process that has it.
+    fn populate(&self, memory_bytes: u64) -> Result<(), GuestError> {
+        let failed = |error: rustix::io::Errno| GuestError::io("filling", &self.path)(error.into());
+        let device = rustix::fs::fstat(&self.mount).map_err(failed)?.st_dev;
+        for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+            // Other users' processes, and those that are ending, have none that can be looked at.
+            let files = std::fs::read_dir(process.path().join("fd"));
+            for file in files.into_iter().flatten().flatten() {
+                let Ok(kind) = rustix::fs::stat(file.path()) else {
+                    continue;
+                };
+                if kind.st_dev == device && FileType::from_raw_mode(kind.st_mode).is_file() {
+                    let memory = rustix::fs::open(file.path(), OFlags::RDWR, Mode::empty());
+                    let memory = memory.map_err(failed)?;
+                    let length = u64::try_from(kind.st_size).unwrap_or(0);
+                    let start = length.saturating_sub(memory_bytes);
+                    let flags = FallocateFlags::empty();
+                    return rustix::fs::fallocate(&memory, flags, start, length - start)
+                        .map_err(failed);
+                }
+            }
+        }
+        Err(failed(rustix::io::Errno::NOENT))
+    }
 }
 
 impl UmlGuest {
@@ -74,22 +95,6 @@ impl UmlGuest {
             config: config.clone(),
             running: Running::start(config)?,
         })
-    }
-
-    /// Runs a shell command in the guest and returns what it wrote.
-    ///
-    /// # Errors
-    /// It failed, or took longer than a minute, or the guest ended.
-    pub fn run(&mut self, command: &str) -> Result<String, GuestError> {
-        self.run_within(command, COMMAND_TIMEOUT)
-    }
-
-    /// As [`Self::run`], with another time-out.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
-    pub fn run_within(&mut self, command: &str, patience: Duration) -> Result<String, GuestError> {
-        self.running.console.run(command, patience)
     }
 
     /// Looks at a condition until it is true. `probe` returns whether it is, and a description of
@@ -134,14 +139,26 @@ impl UmlGuest {
         self.running.host_memory.clone()
     }
 
+    /// Has the host allocate all of the guest's memory, as if the guest had written to each page. What a
+    /// balloon then frees does not depend on which pages the guest happens to pick.
+    ///
+    /// # Errors
+    /// The file of the guest's memory cannot be found or filled.
+    pub fn populate_host_memory(&self) -> Result<(), GuestError> {
+        self.running
+            .host_memory
+            .populate(self.config.memory_mib << 20)
+    }
+
     /// Reboots from inside: the guest's kernel starts again in the same host process, with new
     /// memory, and its devices are set up again.
     ///
     /// # Errors
     /// The guest does not come back in time.
     pub fn reboot(&mut self) -> Result<(), GuestError> {
-        self.running.console.send("reboot -f")?;
+        self.running.shell.console.send("reboot -f")?;
         self.running
+            .shell
             .console
             .wait_until_ready(self.config.boot_timeout)
     }
@@ -151,10 +168,8 @@ impl UmlGuest {
     /// # Errors
     /// As [`Self::boot`].
     pub fn power_cycle(&mut self) -> Result<(), GuestError> {
-        let Running {
-            process, console, ..
-        } = &mut self.running;
-        end(process, console);
+        let Running { process, shell, .. } = &mut self.running;
+        end(process, shell);
         self.running = Running::start(&self.config)?;
         Ok(())
     }
@@ -164,14 +179,14 @@ impl UmlGuest {
     /// # Errors
     /// It did not end in time.
     pub fn power_off(mut self) -> Result<(), GuestError> {
-        self.running.console.send("poweroff -f")?;
-        if self.running.console.wait_for_end(END_TIMEOUT) {
+        self.running.shell.console.send("poweroff -f")?;
+        if self.running.shell.console.wait_for_end(END_TIMEOUT) {
             return Ok(());
         }
         Err(GuestError::Timeout {
             command: "poweroff -f".to_owned(),
             waited: END_TIMEOUT,
-            console: self.running.console.log().tail(),
+            console: self.running.shell.console.log().tail(),
         })
     }
 
@@ -180,16 +195,24 @@ impl UmlGuest {
         matches!(self.running.process.try_wait(), Ok(None))
     }
 
-    /// What the guest's kernel said so far.
-    #[must_use]
-    pub fn console_log(&self) -> &ConsoleLog {
-        self.running.console.log()
-    }
-
     /// What the guest was started with.
     #[must_use]
     pub fn config(&self) -> &UmlConfig {
         &self.config
+    }
+}
+
+impl Deref for UmlGuest {
+    type Target = Shell;
+
+    fn deref(&self) -> &Shell {
+        &self.running.shell
+    }
+}
+
+impl DerefMut for UmlGuest {
+    fn deref_mut(&mut self) -> &mut Shell {
+        &mut self.running.shell
     }
 }
 
@@ -213,19 +236,20 @@ impl Running {
         let (Some(input), Some(output), Some(errors)) = streams else {
             unreachable!("all three streams were asked for");
         };
-        let mut console = Console::new(input, output, errors);
-        let booted = console
+        let mut shell = Shell::new(Console::new(input, output, errors));
+        let booted = shell
+            .console
             .wait_until_ready(config.boot_timeout)
             .and_then(|()| open_mount(&process, ram.path()));
         match booted {
             Ok(host_memory) => Ok(Self {
                 process,
-                console,
+                shell,
                 host_memory,
                 _ram: ram,
             }),
             Err(error) => {
-                end(&mut process, &mut console);
+                end(&mut process, &mut shell);
                 Err(error)
             }
         }
@@ -234,7 +258,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        end(&mut self.process, &mut self.console);
+        end(&mut self.process, &mut self.shell);
     }
 }
 
@@ -253,9 +277,9 @@ fn open_mount(process: &Child, ram: &Path) -> Result<HostMemoryGauge, GuestError
 
 /// Kills the guest. The process known here is the one that made the namespaces; its death takes the
 /// first process inside along, and with that one all others.
-fn end(process: &mut Child, console: &mut Console) {
+fn end(process: &mut Child, shell: &mut Shell) {
     // Failure means that it has ended already.
     let _ = process.kill();
     let _ = process.wait();
-    console.wait_for_end(END_TIMEOUT);
+    shell.console.wait_for_end(END_TIMEOUT);
 }
