@@ -340,6 +340,8 @@ fn eventfds_that_are_full_or_closed_stop_nobody() -> Result<()> {
         guest.device().set_queue_call(index, gone.raw())?;
     }
     by_looking(21)?;
+    let call = guest.driver().queue(Role::Inflate)?.call.raw();
+    guest.device().set_queue_call(index, call)?;
     guest.config_event.take();
     guest.balloon_to(4 * MIB)?;
     guest.device().pause()?;
