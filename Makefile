@@ -1,22 +1,28 @@
-# make demo | test | bench | header | clean. Each target installs what it needs first (Debian).
+# make help tells what there is. Each target installs what it needs first (Debian).
 
 CARGO ?= cargo
 GUEST ?= auto
-
+PREFIX ?= /usr/local
 SOAK_SECONDS ?= 1800
 
-.PHONY: all setup build check test fuzz loom soak demo bench header clean help
+.PHONY: all setup build check test suites fuzz loom soak demo bench bench-vmm qemu install deb abi header clean help
 
 all: build
 
 help:
 	@echo 'make demo    boot a real guest, inflate, deflate, show what the host got (GUEST=synthetic: no real guest)'
 	@echo 'make test    everything: lints, unit tests, C programs, test VMM, real guests'
+	@echo 'make suites  the suites of the test VMM once more, with packed rings and with write-behind'
 	@echo 'make check   lints only: formatting, clippy, documentation'
 	@echo 'make fuzz    fuzz every target for FUZZ_SECONDS (60), TARGETS="split abi" some of them'
 	@echo 'make loom    models of the protocols between threads, in every order of threads'
 	@echo 'make soak    64 guests and a VMM that does anything, for SOAK_SECONDS (1800)'
 	@echo 'make bench   discard benchmarks against the per-page rival'
+	@echo 'make qemu    QEMU with the library'"'"'s balloon device, from Debian'"'"'s source package, in target/qemu'
+	@echo 'make bench-vmm  that device against QEMU'"'"'s own, in one QEMU with one guest'
+	@echo 'make install library, header, programs, manual pages: PREFIX=/usr/local, DESTDIR=, LIBDIR='
+	@echo 'make deb     a Debian package of the same, in target'
+	@echo 'make abi     take the ABI as it is now for the one that tests compare with'
 	@echo 'make header  regenerate include/aerostat.h after a change of ffi/'
 	@echo 'make build   libaerostat.so, libaerostat.a, aerostat-vhost-user (release)'
 	@echo 'make clean   remove all build products'
@@ -33,10 +39,22 @@ check: setup
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items
 
-# The library and the back-end are built first: tests run them as a VMM would, from target/debug.
+# The library and the back-end are built first: tests run them as a VMM would, from target/debug. QEMU
+# with the library's device takes some minutes the first time; it is kept in ~/.cache/aerostat.
 test: check
 	$(CARGO) build --workspace --exclude aerostat-fuzz
+	PROFILE=debug scripts/build-qemu
 	$(CARGO) test --workspace --no-fail-fast
+	$(MAKE) suites
+
+# What the suites of whole devices leave open, chosen otherwise (CONTRIBUTING.md, "Settings").
+SUITES := $(patsubst tests/tests/%.rs,--test %,$(wildcard tests/tests/vmm_*.rs))
+SETTINGS ?= packed write-behind packed,in-order,write-behind
+
+suites:
+	for settings in $(SETTINGS); do \
+		AEROSTAT_TEST_SETTINGS=$$settings $(CARGO) test -p aerostat-tests --no-fail-fast $(SUITES) || exit 1; \
+	done
 
 # Needs no nightly toolchain; see scripts/fuzz. What it finds is in target/fuzz.
 fuzz: setup
@@ -57,6 +75,22 @@ demo: build
 
 bench: build
 	$(CARGO) bench --workspace --exclude aerostat-fuzz --bench discard
+
+qemu: build
+	scripts/build-qemu
+
+bench-vmm: qemu
+	$(CARGO) bench -p aerostat-tests --bench vmm
+
+# After "make build", so that only the copying needs root.
+install:
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' LIBDIR='$(LIBDIR)' scripts/install
+
+deb: build
+	scripts/build-deb
+
+abi: setup
+	AEROSTAT_WRITE_ABI=1 $(CARGO) test -p aerostat-tests --test abi
 
 header: setup
 	AEROSTAT_WRITE_HEADER=1 $(CARGO) test -p aerostat-ffi --test header

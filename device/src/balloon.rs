@@ -4,6 +4,7 @@
 //! lock of the device that owns this core), I4 (each requested byte is entered exactly once).
 
 mod refusal;
+mod report;
 mod write_behind;
 
 use crate::discard::Discarder;
@@ -13,6 +14,7 @@ use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, PfnRange, Region};
 use crate::metrics::{Books, Counters, Entry, Flow};
 use crate::pages::frames::Frames;
 use crate::pages::ownership::{Bitmap, Ownership};
+use crate::service::lock::Waiting;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -57,6 +59,8 @@ pub(crate) struct Balloon {
     discarder: Discarder,
     inhibited: bool,
     window: Window,
+    /// Whether somebody waits for the device to stand still.
+    waiting: Arc<Waiting>,
     /// Kept between calls for its allocation only.
     pieces: Vec<Piece>,
     /// What was taken of an offer and is to be settled; else empty.
@@ -74,9 +78,15 @@ impl Balloon {
             ballooned_pages: 0,
             discarder,
             inhibited: false,
+            waiting: Arc::default(),
             pieces: Vec::new(),
             taken: Vec::new(),
         }
+    }
+
+    /// Heeds whether somebody waits for the device to stand still.
+    pub(crate) fn heed(&mut self, waiting: Arc<Waiting>) {
+        self.waiting = waiting;
     }
 
     /// The table it works on.
@@ -205,52 +215,6 @@ impl Balloon {
                 open.close(entry);
             }
         });
-    }
-
-    /// The guest says that `ranges` hold nothing it needs (page reporting): discards them now. They
-    /// stay the guest's. `duplicate_pages` as for [`Self::give`]; `poisoned` leaves them alone since
-    /// the guest expects its poison there (S10).
-    pub(crate) fn report(
-        &mut self,
-        ranges: &[PfnRange],
-        duplicate_pages: u64,
-        poisoned: bool,
-        books: &Books,
-    ) {
-        let mut pieces = std::mem::take(&mut self.pieces);
-        pieces.clear();
-        books.enter(|entry| {
-            let flow = &mut entry.device().report;
-            bump(&mut flow.requested_bytes, bytes(duplicate_pages));
-            bump(&mut flow.skipped_duplicate_bytes, bytes(duplicate_pages));
-            for &range in ranges {
-                let outside = in_regions(&self.memory, range, |index, region, range| {
-                    let flow = &mut entry.node(region.node).report;
-                    bump(&mut flow.requested_bytes, range.bytes());
-                    if region.readonly {
-                        bump(&mut flow.skipped_out_of_range_bytes, range.bytes());
-                        return;
-                    }
-                    let whole = if poisoned {
-                        None
-                    } else {
-                        Frames::of(region).inside(range)
-                    };
-                    let discard = whole.map_or(0, |whole| whole.bytes());
-                    bump(&mut flow.skipped_partial_bytes, range.bytes() - discard);
-                    bump(&mut flow.pending_bytes, discard);
-                    pieces.extend(whole.map(|range| Piece {
-                        region: index,
-                        range,
-                    }));
-                });
-                let flow = &mut entry.device().report;
-                bump(&mut flow.requested_bytes, bytes(outside));
-                bump(&mut flow.skipped_out_of_range_bytes, bytes(outside));
-            }
-        });
-        self.discard(&pieces, Account::Report, books);
-        self.pieces = pieces;
     }
 
     /// The balloon is empty again: the guest owns every page (device reset). What waits is not

@@ -221,6 +221,33 @@ fn reports_free_whole_frames_only_and_leave_ownership_alone() {
 }
 
 #[test]
+fn a_report_is_left_when_somebody_waits_for_the_device() {
+    for frames in [false, true] {
+        let change = |region: &mut Region| {
+            if frames {
+                huge(region);
+            }
+        };
+        let mut guest = guest(change);
+        let waiting = Arc::<Waiting>::default();
+        guest.balloon.heed(Arc::clone(&waiting));
+        let all = [range(512, FRAME), range(1024, 1536)];
+        guest.balloon.report(&all, 0, false, &guest.books);
+        let before = guest.books.total().report;
+        assert_eq!(before.discarded_bytes, 2048 * 4096, "nobody waits");
+
+        waiting.come();
+        guest.balloon.report(&all, 0, false, &guest.books);
+        let report = guest.books.total().report;
+        let discarded = report.discarded_bytes - before.discarded_bytes;
+        assert_eq!(discarded, 1024 * 4096, "what was begun is finished");
+        assert_eq!(report.skipped_inhibited_bytes, 1024 * 4096);
+        assert_eq!(report.pending_bytes, 0);
+        guest.flow();
+    }
+}
+
+#[test]
 fn a_new_table_keeps_what_it_still_has() {
     let mut guest = guest(huge);
     guest.give(&[range(512, 600)]);

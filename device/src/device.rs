@@ -12,21 +12,24 @@ use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::history::{History, HistoryEntry, HistoryEvent};
-use crate::memory::{BALLOON_PAGE_SHIFT, Gpa, GuestMemory, NodeId, PfnRange};
-use crate::metrics::{Counters, GuestStats};
-use crate::protocol::virtio_balloon::{Features, HintState, MAX_ROUND, StatsBoard};
+use crate::memory::{BALLOON_PAGE_SHIFT, Gpa, GuestMemory, NodeId};
+use crate::metrics::Counters;
+use crate::protocol::DeviceKind;
+use crate::protocol::contract::Protocol;
 use crate::ring::source::{Completion, Element};
 use crate::runtime::{KickRegistration, Runtime, Servable};
 use crate::service::{Service, Shared};
+use std::any::Any;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 /// How a device is set up.
 #[derive(Debug, Default)]
 pub struct DeviceConfig {
-    /// The features to offer, a subset of [`Device::SUPPORTED_FEATURES`]; 0 offers the default set.
+    /// The protocol that the device speaks.
+    pub kind: DeviceKind,
+    /// The features to offer, a subset of [`DeviceKind::supported_features`]; 0 offers the default set.
     pub features: u64,
     /// An eventfd signalled when the guest is to get a configuration-change interrupt: the target
     /// changed, or the device needs a reset. The VMM then reads [`Device::state`].
@@ -101,7 +104,7 @@ pub enum DeviceState {
     NeedsReset = 3,
 }
 
-/// A virtio balloon device (device ID 5).
+/// A balloon device.
 ///
 /// All methods may be called from any thread. Those that say so wait until nothing is in flight,
 /// which takes at most a batch (milliseconds). Dropping the device drains it too.
@@ -114,18 +117,6 @@ pub struct Device {
 }
 
 impl Device {
-    /// Every feature bit that this version can offer.
-    pub const SUPPORTED_FEATURES: u64 = Features::all().bits();
-    /// What is offered if the configuration leaves the choice.
-    pub const DEFAULT_FEATURES: u64 = Features::DEFAULT.bits();
-    /// The length of the configuration space in bytes, without HOST_RESET.
-    pub const CONFIG_BYTES: usize = crate::protocol::virtio_balloon::CONFIG_BYTES;
-    /// Its length if HOST_RESET is offered.
-    pub const HOST_RESET_CONFIG_BYTES: usize =
-        crate::protocol::virtio_balloon::HOST_RESET_CONFIG_BYTES;
-    /// The number of queues of the fixed numbering.
-    pub const MAX_QUEUES: u16 = crate::protocol::virtio_balloon::QUEUES;
-
     /// Makes a device that is served by `runtime`.
     ///
     /// # Errors
@@ -143,21 +134,16 @@ impl Device {
         config: DeviceConfig,
         history: Arc<History>,
     ) -> Result<Self> {
-        let unsupported = config.features & !Self::SUPPORTED_FEATURES;
-        if unsupported != 0 {
-            return Err(Error::Features {
-                unsupported,
-                offered: Self::SUPPORTED_FEATURES,
-            });
-        }
-        let offered = match config.features {
-            0 => Features::DEFAULT,
-            chosen => Features::from_bits_retain(chosen),
-        };
+        let kind = config.kind;
+        refuse_others(config.features, kind.supported_features())?;
+        let protocol = kind.protocol(match config.features {
+            0 => kind.default_features(),
+            chosen => chosen,
+        });
         let event = |what, fd: Option<OwnedFd>| fd.map(|fd| EventFd::new(what, fd)).transpose();
         let config_event = event("config_event", config.config_event)?;
         let completion_event = event("completion_event", config.completion_event)?.map(Arc::new);
-        let shared = Shared::new(runtime, offered, config_event, completion_event, history)?;
+        let shared = Shared::new(runtime, protocol, config_event, completion_event, history)?;
         let device: Weak<dyn Servable> =
             Arc::downgrade(&(Arc::clone(&shared) as Arc<dyn Servable>));
         let home = runtime.pool().station_of(None);
@@ -172,10 +158,16 @@ impl Device {
         })
     }
 
+    /// The protocol that it speaks.
+    #[must_use]
+    pub fn kind(&self) -> DeviceKind {
+        self.shared.protocol.kind()
+    }
+
     /// The features that the guest may select from.
     #[must_use]
     pub fn offered_features(&self) -> u64 {
-        self.shared.offered.bits()
+        self.shared.protocol.offered()
     }
 
     /// The features that were selected; 0 before [`Self::set_features`].
@@ -187,21 +179,18 @@ impl Device {
     /// Takes the driver's selection (FEATURES_OK), before queues are started.
     ///
     /// # Errors
-    /// Refuses features that were not offered, and changes after the first queue was started.
+    /// Refuses features that were not offered or make no sense together, and changes after the first
+    /// queue was started.
     pub fn set_features(&self, features: u64) -> Result<()> {
-        let offered = self.shared.offered.bits();
-        let unsupported = features & !offered;
-        if unsupported != 0 {
-            return Err(Error::Features {
-                unsupported,
-                offered,
-            });
-        }
+        let protocol = &self.shared.protocol;
+        refuse_others(features, protocol.offered())?;
+        protocol.check_features(features)?;
         let mut service = self.shared.service.lock();
-        if service.state != DeviceState::Configuring || service.started() != 0 {
+        if service.state != DeviceState::Configuring || service.queues.started() != 0 {
             return Err(Error::AlreadyStarted("the device"));
         }
-        service.features = Some(Features::from_bits_retain(features));
+        service.queues.forget();
+        service.features = Some(features);
         self.shared.show(&service);
         Ok(())
     }
@@ -215,14 +204,15 @@ impl Device {
     /// Refuses a table that does not hold a running queue's rings; the old table stays then.
     pub fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<()> {
         let mut service = self.shared.service.lock();
-        let rings = service.moved_rings(&memory)?;
-        service.replace_rings(rings);
+        let rings = service.queues.moved_rings(&memory)?;
+        service.queues.replace_rings(rings);
         self.shared.find_home(&memory);
         let inhibited = service.inhibits > 0;
         match &mut service.balloon {
             Some(balloon) => balloon.set_memory(memory, &self.shared.books),
             none => {
                 let mut balloon = Balloon::new(memory, self.runtime.discarder());
+                balloon.heed(Arc::clone(self.shared.service.waiting()));
                 balloon.set_inhibited(inhibited, &self.shared.books);
                 *none = Some(balloon);
             }
@@ -231,7 +221,7 @@ impl Device {
         let before = self.target_bytes();
         self.shared.show_target();
         if self.target_bytes() != before {
-            self.shared.signal_config();
+            self.shared.announce_target();
         }
         Ok(())
     }
@@ -249,7 +239,7 @@ impl Device {
         if service.state == DeviceState::Active {
             // All of them: another queue may have got its role, or got it back, by this one (dense and
             // fixed numbers), and its kicks came to nothing before.
-            self.shared.schedule(service.started());
+            self.shared.schedule(service.queues.started());
         }
         Ok(())
     }
@@ -271,7 +261,7 @@ impl Device {
     /// The queue is not started, is no ring, or the descriptor is of the wrong kind.
     pub fn set_queue_call(&self, index: u16, call: Option<OwnedFd>) -> Result<()> {
         let call = call.map(|fd| EventFd::new("call", fd)).transpose()?;
-        self.shared.service.lock().set_call(index, call)
+        self.shared.service.lock().queues.set_call(index, call)
     }
 
     /// DRIVER_OK: begins to serve, and looks at every queue once, kicked or not (S2).
@@ -287,12 +277,12 @@ impl Device {
             DeviceState::NeedsReset => return Err(Error::NotReady("reset the device")),
         }
         service.ready()?;
-        service.open_window(&self.shared.books);
+        service.open_window(&*self.shared.protocol, &self.shared.books);
         self.shared.set_state(&mut service, DeviceState::Active);
-        self.shared.schedule(service.started());
+        self.shared.schedule(service.queues.started());
         if service.restored.is_some() {
-            // An interrupt may have been lost on the way, and a round of hints has ended.
-            self.shared.signal_config();
+            // An interrupt may have been lost on the way, and the configuration may have changed.
+            self.shared.announce_target();
         }
         Ok(())
     }
@@ -327,7 +317,7 @@ impl Device {
             return Err(Error::Unbalanced("resume"));
         }
         self.shared.set_state(&mut service, DeviceState::Active);
-        self.shared.schedule(service.started());
+        self.shared.schedule(service.queues.started());
         Ok(())
     }
 
@@ -373,7 +363,7 @@ impl Device {
         let mut service = self.shared.service.lock();
         service.write_behind = setting;
         if service.state != DeviceState::Configuring {
-            service.open_window(&self.shared.books);
+            service.open_window(&*self.shared.protocol, &self.shared.books);
         }
     }
 
@@ -384,15 +374,15 @@ impl Device {
 
     /// Reads the configuration space; what lies behind its end reads as zero. Never waits.
     pub fn read_config(&self, offset: u64, data: &mut [u8]) {
-        self.shared.config.read(offset, data);
+        self.shared.protocol.read_config(offset, data);
     }
 
     /// A driver's write to the configuration space. Fields that are not the driver's keep their
     /// value, which is counted. Never waits. Returns true if `actual` changed.
     pub fn write_config(&self, offset: u64, data: &[u8]) -> bool {
-        let features = Features::from_bits_retain(self.features());
+        let (protocol, features) = (&self.shared.protocol, self.features());
         let active = self.state() != DeviceState::Configuring;
-        let written = self.shared.config.write(offset, data, features, active);
+        let written = protocol.write_config(offset, data, features, active);
         if written.refused {
             self.shared
                 .books
@@ -410,41 +400,40 @@ impl Device {
         written.actual_changed
     }
 
-    /// Sets how many bytes the balloon should hold (rounded down to 4 KiB) and signals
-    /// `config_event`, also when the target is unchanged (S11). Returns the target as set.
+    /// Sets how many bytes the balloon should hold (rounded down to 4 KiB) and lets the guest hear of it,
+    /// also when the target is unchanged (S11). Returns the target as set.
     ///
     /// # Errors
-    /// Refuses more than the guest's memory, or than the protocol can say (16 TiB).
+    /// Refuses more than the guest's memory, or than the protocol can say.
     pub fn set_target_bytes(&self, bytes: u64) -> Result<u64> {
         let memory = self.memory_bytes();
-        let invalid = |expected| Error::Invalid {
-            what: "target_bytes",
-            value: bytes,
-            expected,
-        };
         if memory > 0 && bytes > memory {
-            return Err(invalid("at most the guest's memory"));
+            return Err(Error::Invalid {
+                what: "target_bytes",
+                value: bytes,
+                expected: "at most the guest's memory",
+            });
         }
-        let pages =
-            u32::try_from(bytes >> BALLOON_PAGE_SHIFT).map_err(|_| invalid("less than 16 TiB"))?;
-        let target = u64::from(pages) << BALLOON_PAGE_SHIFT;
+        let target = bytes >> BALLOON_PAGE_SHIFT << BALLOON_PAGE_SHIFT;
+        self.shared.protocol.check_target(target)?;
         self.shared.wanted_bytes.store(target, Ordering::Release);
         self.shared.show_target();
         self.shared.record(HistoryEvent::TargetSet);
-        self.shared.signal_config();
+        self.shared.announce_target();
         Ok(target)
     }
 
     /// How many bytes the balloon should hold.
     #[must_use]
     pub fn target_bytes(&self) -> u64 {
-        u64::from(self.shared.config.num_pages()) << BALLOON_PAGE_SHIFT
+        self.shared.target_bytes.load(Ordering::Acquire)
     }
 
-    /// How many bytes the driver says the balloon holds (its `actual` field).
+    /// How many bytes the driver says the balloon holds (its `actual` field); what the device counts where
+    /// the protocol has no such field.
     #[must_use]
     pub fn actual_bytes(&self) -> u64 {
-        u64::from(self.shared.config.actual()) << BALLOON_PAGE_SHIFT
+        self.shared.actual_bytes()
     }
 
     /// How many bytes the device holds by its own ownership bitmap.
@@ -457,7 +446,7 @@ impl Device {
     #[cfg(feature = "fuzzing")]
     #[doc(hidden)]
     #[must_use]
-    pub fn ballooned_ranges(&self) -> Vec<PfnRange> {
+    pub fn ballooned_ranges(&self) -> Vec<crate::memory::PfnRange> {
         let service = self.shared.service.lock();
         service
             .balloon
@@ -471,90 +460,20 @@ impl Device {
         self.shared.memory_bytes.load(Ordering::Acquire)
     }
 
-    /// What the guest last said of its memory. With a `timeout` of more than zero it is asked for
-    /// news first, and the call waits that long for the answer.
-    ///
-    /// # Errors
-    /// Asking needs an active device with STATS_VQ, and a guest that answers in time.
-    pub fn guest_stats(&self, timeout: Duration) -> Result<GuestStats> {
-        let stats: &StatsBoard = &self.shared.stats;
-        if timeout.is_zero() {
-            return Ok(stats.latest());
-        }
-        self.active_with(Features::STATS_VQ, "STATS_VQ")?;
-        let mark = stats.mark();
-        self.shared.schedule(Shared::STATS_REQUEST);
-        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-        match stats.wait_behind(mark, timeout) {
-            Some(stats) => Ok(stats),
-            // A reset ends the wait at once, and then there is more to say than "too late".
-            None => self
-                .active_with(Features::STATS_VQ, "STATS_VQ")
-                .and(Err(Error::TimedOut { timeout_ms })),
-        }
-    }
-
-    /// Asks the guest for statistics every `interval` from now on; `None` stops that.
-    pub fn set_stats_interval(&self, interval: Option<Duration>) {
-        self.shared
-            .stats
-            .poll_every(interval.filter(|interval| !interval.is_zero()));
-        self.shared.set_timer();
-    }
-
-    /// Begins a round of free page hints (S9) and asks the guest for them through `config_event`;
-    /// returns the round's id. It ends with [`Self::finish_hints`], or by itself after `limit` (at most
-    /// ten minutes): until then the guest leaves nearly all its free pages to the device.
-    ///
-    /// # Errors
-    /// Needs an active device with FREE_PAGE_HINT and no round that is still running.
-    pub fn start_hints(&self, limit: Duration) -> Result<u32> {
-        self.active_with(Features::FREE_PAGE_HINT, "FREE_PAGE_HINT")?;
-        if limit.is_zero() || limit > MAX_ROUND {
-            let value = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-            let expected = "from 1 to 600000";
-            return Err(Error::Invalid {
-                what: "limit_ms",
-                value,
-                expected,
-            });
-        }
-        let id = self.shared.hints.start(&self.shared.config, limit)?;
-        self.shared.set_timer();
-        self.shared.signal_config();
-        Ok(id)
-    }
-
-    /// Ends the round of hints: the guest may use its pages again. Hints that came are kept.
-    ///
-    /// # Errors
-    /// No round is running; it may have ended by itself.
-    pub fn finish_hints(&self) -> Result<()> {
-        if !self.shared.hints.done(&self.shared.config) {
-            return Err(Error::Unbalanced("finish_hints"));
-        }
-        self.shared.set_timer();
-        self.shared.signal_config();
-        Ok(())
-    }
-
-    /// Takes up to `max` ranges that the guest said are free, oldest first. They were free at some
-    /// moment of the round, and may have been written since: use them only with writes tracked from
-    /// before [`Self::start_hints`]. Nothing was discarded.
-    pub fn take_hints(&self, max: usize, into: &mut Vec<PfnRange>) -> HintState {
-        self.shared.hints.take(max, into)
-    }
-
-    /// Fails unless the device is active and `feature` was negotiated.
-    fn active_with(&self, feature: Features, name: &'static str) -> Result<()> {
+    /// Fails unless the device is active.
+    pub(crate) fn expect_active(&self) -> Result<()> {
         match self.state() {
-            DeviceState::Configuring => return Err(Error::NotReady("activate the device")),
-            DeviceState::NeedsReset => return Err(Error::NotReady("reset the device")),
-            DeviceState::Paused => return Err(Error::Paused),
-            DeviceState::Active => {}
+            DeviceState::Configuring => Err(Error::NotReady("activate the device")),
+            DeviceState::NeedsReset => Err(Error::NotReady("reset the device")),
+            DeviceState::Paused => Err(Error::Paused),
+            DeviceState::Active => Ok(()),
         }
-        let negotiated = Features::from_bits_retain(self.features()).contains(feature);
-        negotiated.then_some(()).ok_or(Error::NotSupported(name))
+    }
+
+    /// The protocol, if it is of this type: for what only one protocol can do.
+    pub(crate) fn protocol<P: Protocol>(&self) -> Option<&P> {
+        let protocol: &dyn Any = &*self.shared.protocol;
+        protocol.downcast_ref()
     }
 
     /// What happened behind entry number `since` of the history, oldest first, at most `max` entries
@@ -590,12 +509,18 @@ impl Device {
     /// [`Error::Full`] when too many wait, and none of `elements` was taken then; the device has to
     /// be active.
     pub fn submit(&self, elements: Vec<Element>) -> Result<()> {
-        match self.state() {
-            DeviceState::Active => self.shared.submit(elements),
-            DeviceState::Paused => Err(Error::Paused),
-            DeviceState::Configuring => Err(Error::NotReady("activate the device")),
-            DeviceState::NeedsReset => Err(Error::NotReady("reset the device")),
-        }
+        self.expect_active()?;
+        self.shared.submit(elements, false)
+    }
+
+    /// As [`Self::submit`], and serves the device on the calling thread, for one turn, unless a worker is
+    /// with it: no other thread has to be woken, and the completions are there when this returns.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub fn submit_and_serve(&self, elements: Vec<Element>) -> Result<()> {
+        self.expect_active()?;
+        self.shared.submit(elements, true)
     }
 
     /// Collects up to `max` completions, in the order in which they were finished.
@@ -613,20 +538,21 @@ impl Drop for Device {
     }
 }
 
+/// Fails if `features` has any but those.
+pub(crate) fn refuse_others(features: u64, offered: u64) -> Result<()> {
+    match features & !offered {
+        0 => Ok(()),
+        unsupported => Err(Error::Features {
+            unsupported,
+            offered,
+        }),
+    }
+}
+
 /// What a service is shown as to those who must not wait for it.
 impl Shared {
     fn set_state(&self, service: &mut Service, state: DeviceState) {
         service.state = state;
         self.show(service);
-    }
-
-    /// Makes a worker look at `queues` (a bit each).
-    fn schedule(self: &Arc<Self>, queues: u32) {
-        if self.wake(queues) {
-            self.pool.submit(
-                self.home.load(Ordering::Relaxed),
-                Arc::clone(self) as Arc<dyn Servable>,
-            );
-        }
     }
 }

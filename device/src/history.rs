@@ -5,7 +5,6 @@
 //! write `actual` in a loop: the ring is bounded (I3), and of values that follow each other closely only
 //! the last is kept, so that a large inflation, or a hostile guest, does not push everything else out.
 
-use crate::memory::BALLOON_PAGE_SHIFT;
 use crate::runtime::monotonic_ns;
 use crate::service::Shared;
 use parking_lot::Mutex;
@@ -26,7 +25,7 @@ const ACTUAL_INTERVAL_NS: u64 = 100_000_000;
 pub enum HistoryEvent {
     /// The VMM set a target, maybe the same one again.
     TargetSet = 1,
-    /// The driver wrote `actual`.
+    /// The driver wrote `actual`; or, where the protocol has no such field, the balloon has another size.
     ActualWritten = 2,
     /// The device was reset.
     Reset = 3,
@@ -111,13 +110,12 @@ impl History {
 impl Shared {
     /// Enters that something happened, as of now.
     pub(crate) fn record(&self, event: HistoryEvent) {
-        let bytes = |pages| u64::from(pages) << BALLOON_PAGE_SHIFT;
         self.history.record(HistoryEntry {
             sequence: 0,
             monotonic_ns: monotonic_ns(),
             event,
-            target_bytes: bytes(self.config.num_pages()),
-            actual_bytes: bytes(self.config.actual()),
+            target_bytes: self.target_bytes.load(Ordering::Acquire),
+            actual_bytes: self.actual_bytes(),
             ballooned_bytes: self.ballooned_bytes.load(Ordering::Acquire),
         });
     }

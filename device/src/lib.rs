@@ -40,6 +40,6 @@ pub use error::{Error, Result};
 pub use history::{History, HistoryEntry, HistoryEvent};
 pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};
-pub use protocol::virtio_balloon::HintState;
+pub use protocol::{DeviceKind, HintState};
 pub use ring::source::{Completion, Element};
 pub use runtime::{Runtime, RuntimeConfig};

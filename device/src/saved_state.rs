@@ -7,17 +7,25 @@
 
 use crate::device::{DeviceState, QueuePosition};
 use crate::error::{Error, Result};
-use crate::memory::{Pfn, PfnRange};
-use crate::protocol::virtio_balloon::{Features, QUEUES, SavedConfig};
+use crate::memory::{BALLOON_PAGE_SHIFT, Pfn, PfnRange};
+use crate::protocol::DeviceKind;
 
 /// The first eight bytes.
 const MAGIC: [u8; 8] = *b"AEROSTAT";
-/// The only version so far.
-const VERSION: u32 = 1;
-/// Everything before the runs: see docs/saved-state.md.
-const HEADER_BYTES: usize = 112;
+/// The version that is written. The first one had the traditional balloon's fields and queues in fixed
+/// places; it is still read.
+const VERSION: u32 = 2;
+const FIRST_VERSION: u32 = 1;
+/// What every state has before its queues, the protocol's own part, and the runs.
+const HEADER_BYTES: usize = 64;
+/// Queues of the traditional balloon, and bytes of its own part, in the first version.
+const FIRST_QUEUES: u32 = 5;
+const FIRST_OWN_BYTES: usize = 20;
+/// The most bytes that a protocol's own part may have.
+pub(crate) const MAX_OWN_BYTES: usize = 4096;
 const CHECKSUM_BYTES: usize = 4;
 const LENGTH_AT: usize = 16;
+pub(crate) const KIND_AT: usize = 44;
 /// The features were selected: without it `negotiated` is 0.
 const FLAG_NEGOTIATED: u32 = 1 << 0;
 /// What a queue entry says of its kind.
@@ -38,15 +46,17 @@ pub(crate) enum SavedQueue {
 }
 
 /// A device but for the pages in its balloon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SavedState {
     pub(crate) state: DeviceState,
     pub(crate) offered: u64,
     pub(crate) negotiated: Option<u64>,
-    pub(crate) config: SavedConfig,
-    /// The id of the last round of hints; 0 for none.
-    pub(crate) hint_id: u32,
-    pub(crate) queues: [Option<SavedQueue>; QUEUES as usize],
+    pub(crate) kind: DeviceKind,
+    /// The target as it was set, which may be more than the guest's memory can give.
+    pub(crate) wanted_bytes: u64,
+    pub(crate) queues: Vec<Option<SavedQueue>>,
+    /// What the protocol alone understands.
+    pub(crate) own: Vec<u8>,
 }
 
 /// Bytes that are no saved state.
@@ -64,18 +74,14 @@ pub(crate) fn encode(state: &SavedState, runs: impl FnOnce(&mut dyn FnMut(PfnRan
     bytes.extend(state.offered.to_le_bytes());
     bytes.extend(state.negotiated.unwrap_or(0).to_le_bytes());
     let flags = state.negotiated.map_or(0, |_| FLAG_NEGOTIATED);
-    let words = [
-        flags,
-        state.config.num_pages,
-        state.config.actual,
-        state.config.poison_val,
-        state.hint_id,
-        state.config.reset_id,
-        state.config.reset_ack,
-        u32::from(QUEUES),
-    ];
-    bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-    for queue in state.queues {
+    bytes.extend(flags.to_le_bytes());
+    bytes.extend((state.kind as u32).to_le_bytes());
+    bytes.extend(state.wanted_bytes.to_le_bytes());
+    // Both are far below 4 Gi: of a protocol's own making.
+    for count in [state.queues.len(), state.own.len()] {
+        bytes.extend(u32::try_from(count).unwrap_or(u32::MAX).to_le_bytes());
+    }
+    for queue in &state.queues {
         let entry = match queue {
             None => [QUEUE_STOPPED, 0, 0, 0],
             Some(SavedQueue::Elements) => [QUEUE_ELEMENTS, 0, 0, 0],
@@ -85,6 +91,7 @@ pub(crate) fn encode(state: &SavedState, runs: impl FnOnce(&mut dyn FnMut(PfnRan
         };
         bytes.extend(entry.iter().flat_map(|half| half.to_le_bytes()));
     }
+    bytes.extend(&state.own);
     // Runs of neighbouring regions may touch; here each is as long as it can be.
     let mut last = Pfn(0);
     let mut current: Option<PfnRange> = None;
@@ -122,7 +129,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(SavedState, Runs<'_>)> {
         at: MAGIC.len(),
     };
     let version = fields.u32()?;
-    if version != VERSION {
+    if version != VERSION && version != FIRST_VERSION {
         return Err(Error::SavedVersion {
             found: version,
             known: VERSION,
@@ -163,30 +170,81 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(SavedState, Runs<'_>)> {
     if !selected && state != DeviceState::Configuring {
         return Err(bad("a device that runs without features", 40));
     }
-    let mut words = [0; 6];
-    for word in &mut words {
-        *word = fields.u32()?;
-    }
-    let [num_pages, actual, poison_val, hint_id, reset_id, reset_ack] = words;
-    if reset_id != reset_ack {
-        if negotiated & Features::HOST_RESET.bits() == 0 {
-            return Err(bad("a host reset that the driver knows nothing of", 60));
-        }
-        if covered.len() > HEADER_BYTES {
-            return Err(bad(
-                "pages in a balloon that the host has reset",
-                HEADER_BYTES,
-            ));
-        }
-    }
-    if fields.u32()? != u32::from(QUEUES) {
+    let body = if version == FIRST_VERSION {
+        first_body(&mut fields, selected)?
+    } else {
+        body(&mut fields, selected)?
+    };
+    let saved = SavedState {
+        state,
+        offered,
+        negotiated: selected.then_some(negotiated),
+        kind: body.kind,
+        wanted_bytes: body.wanted_bytes,
+        queues: body.queues,
+        own: body.own,
+    };
+    let (bytes, at) = (covered, fields.at);
+    let runs = Runs {
+        fields: Fields { bytes, at },
+        last: Pfn(0),
+        first: true,
+    };
+    Ok((saved, runs))
+}
+
+/// What versions put into different places.
+struct Body {
+    kind: DeviceKind,
+    wanted_bytes: u64,
+    queues: Vec<Option<SavedQueue>>,
+    own: Vec<u8>,
+}
+
+/// What follows the flags in the newest version.
+fn body(fields: &mut Fields<'_>, selected: bool) -> Result<Body> {
+    let at = fields.at;
+    let kind = DeviceKind::from_number(fields.u32()?);
+    let kind = kind.ok_or_else(|| bad("an unknown protocol", at))?;
+    let wanted_bytes = fields.u64()?;
+    if fields.u32()? != u32::from(kind.queues()) {
         return Err(bad("another number of queues", fields.at - 4));
     }
-    let mut queues = [None; QUEUES as usize];
-    for queue in &mut queues {
+    let own_bytes = usize::try_from(fields.u32()?).unwrap_or(usize::MAX);
+    if own_bytes > MAX_OWN_BYTES {
+        return Err(bad(
+            "a part of the protocol that is too long",
+            fields.at - 4,
+        ));
+    }
+    Ok(Body {
+        kind,
+        wanted_bytes,
+        queues: queues(fields, u32::from(kind.queues()), selected)?,
+        own: fields.bytes(own_bytes)?.to_vec(),
+    })
+}
+
+/// The same in the first version, which knew the traditional balloon only.
+fn first_body(fields: &mut Fields<'_>, selected: bool) -> Result<Body> {
+    let target_pages = fields.u32()?;
+    let own = fields.bytes(FIRST_OWN_BYTES)?.to_vec();
+    if fields.u32()? != FIRST_QUEUES {
+        return Err(bad("another number of queues", fields.at - 4));
+    }
+    Ok(Body {
+        kind: DeviceKind::VirtioBalloon,
+        wanted_bytes: u64::from(target_pages) << BALLOON_PAGE_SHIFT,
+        queues: queues(fields, FIRST_QUEUES, selected)?,
+        own,
+    })
+}
+
+fn queues(fields: &mut Fields<'_>, count: u32, selected: bool) -> Result<Vec<Option<SavedQueue>>> {
+    let queue = |_| {
         let at = fields.at;
         let entry = [fields.u16()?, fields.u16()?, fields.u16()?, fields.u16()?];
-        *queue = match entry {
+        let queue = match entry {
             [QUEUE_STOPPED, 0, 0, 0] => None,
             [QUEUE_ELEMENTS, 0, 0, 0] => Some(SavedQueue::Elements),
             [QUEUE_RING, next_avail, next_used, 0] => {
@@ -201,28 +259,9 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(SavedState, Runs<'_>)> {
         if queue.is_some() && !selected {
             return Err(bad("a queue without features", at));
         }
-    }
-    let saved = SavedState {
-        state,
-        offered,
-        negotiated: selected.then_some(negotiated),
-        config: SavedConfig {
-            num_pages,
-            actual,
-            poison_val,
-            reset_id,
-            reset_ack,
-        },
-        hint_id,
-        queues,
+        Ok(queue)
     };
-    let (bytes, at) = (covered, HEADER_BYTES);
-    let runs = Runs {
-        fields: Fields { bytes, at },
-        last: Pfn(0),
-        first: true,
-    };
-    Ok((saved, runs))
+    (0..count).map(queue).collect()
 }
 
 /// The runs of ballooned pages: ascending, none empty, none touching the next.
@@ -234,6 +273,11 @@ pub(crate) struct Runs<'a> {
 }
 
 impl Runs<'_> {
+    /// Whether there is none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.fields.at >= self.fields.bytes.len()
+    }
+
     fn read(&mut self) -> Result<PfnRange> {
         let at = self.fields.at;
         let gap = self.fields.number()?;
@@ -280,7 +324,15 @@ struct Fields<'a> {
     at: usize,
 }
 
-impl Fields<'_> {
+impl<'a> Fields<'a> {
+    fn bytes(&mut self, count: usize) -> Result<&'a [u8]> {
+        let rest = self.bytes.get(self.at..);
+        let taken = rest.and_then(|rest| rest.get(..count));
+        let taken = taken.ok_or_else(|| bad("it ends too early", self.at))?;
+        self.at += count;
+        Ok(taken)
+    }
+
     fn take<const N: usize>(&mut self) -> Result<[u8; N]> {
         let rest = self.bytes.get(self.at..);
         let chunk = rest.and_then(|rest| rest.first_chunk::<N>());

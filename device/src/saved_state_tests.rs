@@ -10,15 +10,10 @@ fn state() -> SavedState {
         state: DeviceState::Paused,
         offered: 0x1_3000_003f,
         negotiated: Some(0x1_0000_0003),
-        config: SavedConfig {
-            num_pages: 1000,
-            actual: 900,
-            poison_val: 0xaaaa_aaaa,
-            reset_id: 9,
-            reset_ack: 9,
-        },
-        hint_id: 5,
-        queues: [
+        kind: DeviceKind::VirtioBalloon,
+        wanted_bytes: 1000 << 12,
+        own: vec![0xa0; 20],
+        queues: vec![
             Some(SavedQueue::Ring { position }),
             Some(SavedQueue::Elements),
             None,
@@ -51,10 +46,13 @@ fn seal(bytes: &mut Vec<u8>) {
     bytes.extend(crc32(bytes).to_le_bytes());
 }
 
+/// Where the runs of [`state`] begin.
+const RUNS_AT: usize = HEADER_BYTES + 5 * 8 + 20;
+
 /// A sealed state with these bytes in place of runs.
 fn with_runs(runs: &[u8]) -> Vec<u8> {
     let mut bytes = encoded(&state(), &[]);
-    bytes.truncate(HEADER_BYTES);
+    bytes.truncate(RUNS_AT);
     bytes.extend(runs);
     seal(&mut bytes);
     bytes
@@ -69,32 +67,47 @@ fn the_checksum_is_the_common_one() {
 #[test]
 fn the_layout_is_the_documented_one() {
     let bytes = encoded(&state(), &[range(0x100, 0x180), range(0x200, 0x201)]);
-    assert_eq!(&bytes[..16], b"AEROSTAT\x01\0\0\0\x02\0\0\0");
-    assert_eq!(bytes[16..24], 123u64.to_le_bytes());
-    assert_eq!(bytes[40..48], [1, 0, 0, 0, 0xe8, 3, 0, 0]);
-    assert_eq!(bytes[56..68], [5, 0, 0, 0, 9, 0, 0, 0, 9, 0, 0, 0]);
-    assert_eq!(bytes[68..80], [5, 0, 0, 0, 1, 0, 3, 0x80, 7, 0, 0, 0]);
-    assert_eq!(bytes[80..88], [2, 0, 0, 0, 0, 0, 0, 0]);
-    assert_eq!(bytes[112..119], [0x80, 2, 0x80, 1, 0x80, 1, 1]);
-    assert_eq!(bytes.len(), 123);
+    assert_eq!(&bytes[..16], b"AEROSTAT\x02\0\0\0\x02\0\0\0");
+    assert_eq!(bytes[16..24], 135u64.to_le_bytes());
+    assert_eq!(bytes[40..48], [1, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(bytes[48..56], (1000u64 << 12).to_le_bytes());
+    assert_eq!(bytes[56..64], [5, 0, 0, 0, 20, 0, 0, 0]);
+    assert_eq!(bytes[64..72], [1, 0, 3, 0x80, 7, 0, 0, 0]);
+    assert_eq!(bytes[72..80], [2, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(bytes[104..124], [0xa0; 20]);
+    assert_eq!(bytes[124..131], [0x80, 2, 0x80, 1, 0x80, 1, 1]);
+    assert_eq!(bytes.len(), 135);
 }
 
-/// A saved state said so, was restored, and then had a balloon that was empty and full.
+/// What the library wrote before other protocols came.
 #[test]
-fn a_pending_host_reset_means_that_it_was_negotiated_and_that_the_balloon_is_empty() {
-    let mut pending = state();
-    pending.config.reset_ack = 8;
-    assert!(decoded(&encoded(&pending, &[])).is_err(), "not negotiated");
-    let host_reset = Features::HOST_RESET.bits();
-    pending.offered |= host_reset;
-    pending.negotiated = pending.negotiated.map(|features| features | host_reset);
-    let bytes = encoded(&pending, &[]);
-    assert_eq!(bytes[60..68], [9, 0, 0, 0, 8, 0, 0, 0]);
-    assert_eq!(decoded(&bytes).unwrap().0, pending);
-    assert!(
-        decoded(&encoded(&pending, &[range(1, 2)])).is_err(),
-        "pages"
+fn the_first_version_is_still_read() {
+    let mut bytes = b"AEROSTAT\x01\0\0\0\x02\0\0\0\0\0\0\0\0\0\0\0".to_vec();
+    bytes.extend(
+        [0x1_3000_003f_u64, 0x1_0000_0003]
+            .map(u64::to_le_bytes)
+            .concat(),
     );
+    let words: [u32; 8] = [1, 1000, 900, 0xaaaa_aaaa, 5, 9, 8, 5];
+    bytes.extend(words.map(u32::to_le_bytes).concat());
+    bytes.extend([1, 0, 3, 0x80, 7, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+    bytes.extend([0; 24]);
+    bytes.extend([0x80, 2, 0x80, 1, 0x80, 1, 1]);
+    seal(&mut bytes);
+    let own: [u32; 5] = [900, 0xaaaa_aaaa, 5, 9, 8];
+    let expected = SavedState {
+        own: own.map(u32::to_le_bytes).concat(),
+        ..state()
+    };
+    let runs = vec![range(0x100, 0x180), range(0x200, 0x201)];
+    assert_eq!(decoded(&bytes).unwrap(), (expected, runs));
+    for len in 0..bytes.len() {
+        assert!(decoded(&bytes[..len]).is_err(), "{len} bytes");
+    }
+    bytes.truncate(bytes.len() - CHECKSUM_BYTES);
+    bytes[68] = 4;
+    seal(&mut bytes);
+    assert!(decoded(&bytes).is_err(), "another number of queues");
 }
 
 #[test]
@@ -158,21 +171,23 @@ fn what_a_sealed_state_may_not_say_is_refused() {
         (32, 0x80),
         (40, 3),
         (40, 0),
-        (68, 4),
-        (72, 3),
-        (78, 1),
+        (44, 0xff),
+        (56, 4),
+        (61, 0x11),
+        (64, 3),
+        (70, 1),
     ] {
         let mut bytes = encoded(&state(), &[]);
-        bytes.truncate(HEADER_BYTES);
+        bytes.truncate(RUNS_AT);
         bytes[at] = value;
         seal(&mut bytes);
         assert!(decoded(&bytes).is_err(), "byte {at} = {value}");
     }
     let mut bytes = encoded(&state(), &[]);
-    bytes[8] = 2;
+    bytes[8] = 3;
     assert!(matches!(
         decoded(&bytes),
-        Err(Error::SavedVersion { found: 2, known: 1 })
+        Err(Error::SavedVersion { found: 3, known: 2 })
     ));
 }
 
@@ -180,7 +195,8 @@ proptest! {
     #[test]
     fn what_is_written_is_read(
         gaps in prop::collection::vec((1u64..1 << 20, 1u64..1 << 20), 0..50),
-        words in any::<(u64, u32, u32, u32, u32, u32, u32)>(),
+        words in any::<(u64, u64)>(),
+        own in prop::collection::vec(any::<u8>(), 0..100),
         kinds in any::<[Option<Option<(u16, u16)>>; 5]>(),
         stands in 0u32..4,
     ) {
@@ -196,15 +212,16 @@ proptest! {
                 position: QueuePosition { next_avail, next_used },
             },
         }));
-        let (features, num_pages, actual, poison_val, hint_id, reset_id, reset_ack) = words;
-        let pending = runs.is_empty() && features & Features::HOST_RESET.bits() != 0;
-        let reset_ack = if pending { reset_ack } else { reset_id };
+        let (features, wanted_bytes) = words;
         let state = SavedState {
             state: [DeviceState::Configuring, DeviceState::Active, DeviceState::Paused, DeviceState::NeedsReset]
                 [stands as usize],
             offered: u64::MAX,
             negotiated: Some(features),
-            config: SavedConfig { num_pages, actual, poison_val, reset_id, reset_ack }, hint_id, queues,
+            kind: DeviceKind::VirtioBalloon,
+            wanted_bytes,
+            queues: queues.to_vec(),
+            own,
         };
         prop_assert_eq!(decoded(&encoded(&state, &runs)).unwrap(), (state, runs));
     }
@@ -213,10 +230,10 @@ proptest! {
     #[test]
     fn sealed_noise_does_no_harm(
         noise in prop::collection::vec(any::<u8>(), 0..200),
-        patches in prop::collection::vec((8usize..HEADER_BYTES, any::<u8>()), 0..4),
+        patches in prop::collection::vec((8usize..RUNS_AT, any::<u8>()), 0..4),
     ) {
         let mut bytes = encoded(&state(), &[]);
-        bytes.truncate(HEADER_BYTES);
+        bytes.truncate(RUNS_AT);
         for (at, value) in patches {
             bytes[at] = value;
         }

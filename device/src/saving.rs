@@ -4,13 +4,12 @@
 //! but for a held stats buffer, which counts as not taken yet. Restoring checks all of the untrusted bytes
 //! before it changes anything, and the books balance afterwards (I4).
 
-use crate::balloon::{bump, in_regions};
-use crate::device::{Device, DeviceState, QueuePosition};
+use crate::balloon::in_regions;
+use crate::device::{Device, DeviceState, QueuePosition, refuse_others};
 use crate::error::{Error, Result};
 use crate::history::HistoryEvent;
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory};
 use crate::pages::ownership::Ownership;
-use crate::protocol::virtio_balloon::{Features, QUEUES, SavedConfig};
 use crate::saved_state::{self, Runs, SavedQueue, SavedState};
 use std::sync::atomic::Ordering;
 
@@ -29,20 +28,16 @@ impl Device {
             // What waits to be discarded must not outlive the device's turn as the owner.
             balloon.drain(&shared.books);
         }
-        let held = shared.stats.held();
-        let queues = service.saved_queues(held);
-        let wanted = shared.wanted_bytes.load(Ordering::Acquire);
+        let features = service.features.unwrap_or(0);
+        let held = shared.protocol.held(features, &service.queues);
         let state = SavedState {
             state: service.state,
-            offered: shared.offered.bits(),
-            negotiated: service.features.map(|features| features.bits()),
-            config: SavedConfig {
-                // What was asked for, which may be more than this guest's memory can give.
-                num_pages: u32::try_from(wanted >> BALLOON_PAGE_SHIFT).unwrap_or(u32::MAX),
-                ..shared.config.save()
-            },
-            hint_id: shared.hints.id(),
-            queues,
+            offered: shared.protocol.offered(),
+            negotiated: service.features,
+            kind: shared.protocol.kind(),
+            wanted_bytes: shared.wanted_bytes.load(Ordering::Acquire),
+            queues: service.queues.saved(held),
+            own: shared.protocol.save(),
         };
         saved_state::encode(&state, |each| {
             if let Some(balloon) = &service.balloon {
@@ -64,54 +59,48 @@ impl Device {
     pub fn restore(&self, bytes: &[u8]) -> Result<()> {
         let shared = &self.shared;
         let mut service = shared.service.lock();
-        if service.state != DeviceState::Configuring || service.started() != 0 {
+        if service.state != DeviceState::Configuring || service.queues.started() != 0 {
             return Err(Error::AlreadyStarted("the device"));
         }
         let Some(balloon) = &mut service.balloon else {
             return Err(Error::NotReady("set the memory table"));
         };
         let (saved, runs) = saved_state::decode(bytes)?;
-        let offered = shared.offered.bits();
-        let mut needed = saved.negotiated.unwrap_or(0);
-        if (saved.config.reset_id, saved.config.reset_ack) != (0, 0) {
-            needed |= Features::HOST_RESET.bits();
-        }
-        let unsupported = needed & !offered;
-        if unsupported != 0 {
-            return Err(Error::Features {
-                unsupported,
-                offered,
+        let protocol = &shared.protocol;
+        if saved.kind != protocol.kind() {
+            return Err(Error::SavedState {
+                what: "a device of another protocol",
+                offset: saved_state::KIND_AT,
             });
         }
+        let (selected, empty) = (saved.negotiated.unwrap_or(0), runs.is_empty());
+        let needed = selected | protocol.check_saved(&saved.own, selected, empty)?;
+        refuse_others(needed, protocol.offered())?;
+        if let Some(selected) = saved.negotiated {
+            protocol.check_features(selected)?;
+        }
+        protocol.check_target(saved.wanted_bytes)?;
         let ownership = own(balloon.memory(), runs)?;
 
         // From here on nothing can fail.
         balloon.restore(ownership, &shared.books);
-        service.features = saved.negotiated.map(Features::from_bits_retain);
-        let mut positions = [None; QUEUES as usize];
-        for (position, queue) in positions.iter_mut().zip(saved.queues) {
-            if let Some(SavedQueue::Ring { position: saved }) = queue {
-                *position = Some(saved);
-            }
-        }
-        service.restored = Some(positions);
+        service.features = saved.negotiated;
+        let position = |queue: &Option<SavedQueue>| match queue {
+            Some(SavedQueue::Ring { position }) => Some(*position),
+            _ => None,
+        };
+        service.restored = Some(saved.queues.iter().map(position).collect());
         if saved.state == DeviceState::NeedsReset {
             service.state = DeviceState::NeedsReset;
         }
-        if shared.config.restore(saved.config) {
-            // So that asked is never below acknowledged in this device's books.
-            shared
-                .books
-                .enter(|entry| bump(&mut entry.device().host_resets, 1));
-        }
-        shared.hints.restore(&shared.config, saved.hint_id);
+        protocol.restore(&saved.own, &shared.books);
         shared.show(&service);
-        let wanted = u64::from(saved.config.num_pages) << BALLOON_PAGE_SHIFT;
+        let wanted = saved.wanted_bytes;
         shared.wanted_bytes.store(wanted, Ordering::Release);
         shared.show_target();
         shared.record(HistoryEvent::Restored);
         drop(service);
-        shared.signal_config();
+        shared.announce_target();
         Ok(())
     }
 

@@ -1,6 +1,8 @@
 //! What a worker does with a device, and the state that it needs the lock for.
 
 mod elements;
+pub(crate) mod lock;
+pub(crate) mod queues;
 mod turnstile;
 
 use crate::balloon::{Balloon, bump};
@@ -9,17 +11,16 @@ use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
 use crate::event::{EventFd, check_eventfd};
 use crate::history::{History, HistoryEvent};
-use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory};
+use crate::memory::GuestMemory;
 use crate::metrics::Books;
-use crate::protocol::virtio_balloon::{
-    ConfigSpace, Features, HintBoard, QUEUES, Role, StatsBoard, Turn, role_of, serve_pages,
-};
+use crate::protocol::contract::{ASKED, Broken, Notice, Protocol, Turn};
 use crate::ring::source::{Completion, Element, ElementQueue, RingQueue, Source};
-use crate::ring::{Ring, RingError, RingFeatures};
-use crate::runtime::{KickRegistration, Pool, Runtime, Scratch, Servable, Timer};
-use crate::saved_state::SavedQueue;
+use crate::ring::{Ring, RingFeatures};
+use crate::runtime::{Pool, Runtime, Scratch, Servable, Timer};
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use lock::ServiceLock;
 use parking_lot::Mutex;
+use queues::{Queue, Queues, position_of};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
@@ -31,25 +32,17 @@ use turnstile::Turnstile;
 /// its device for ever must not be able to fill a log (I3).
 const MAX_LOGGED_BREAKS: u64 = 20;
 
-/// A started queue.
-#[derive(Debug)]
-pub(crate) struct Queue {
-    source: Source,
-    /// Dropped with the queue: then no kick of it arrives any more.
-    _kick: Option<KickRegistration>,
-}
-
 /// Everything that serving changes.
 #[derive(Debug)]
 pub(crate) struct Service {
     pub(crate) state: DeviceState,
-    pub(crate) features: Option<Features>,
+    pub(crate) features: Option<u64>,
     pub(crate) balloon: Option<Balloon>,
     pub(crate) inhibits: u32,
     /// Where rings go on, if the device was restored since its last reset.
-    pub(crate) restored: Option<[Option<QueuePosition>; QUEUES as usize]>,
+    pub(crate) restored: Option<Vec<Option<QueuePosition>>>,
     pub(crate) write_behind: WriteBehind,
-    queues: [Option<Queue>; QUEUES as usize],
+    pub(crate) queues: Queues,
 }
 
 /// A device as its handle and the workers share it.
@@ -57,18 +50,15 @@ pub(crate) struct Service {
 pub(crate) struct Shared {
     this: Weak<Self>,
     pub(crate) pool: Arc<Pool>,
-    pub(crate) offered: Features,
-    pub(crate) config: ConfigSpace,
+    pub(crate) protocol: Box<dyn Protocol>,
     pub(crate) config_event: Option<EventFd>,
     pub(crate) books: Arc<Books>,
-    pub(crate) stats: StatsBoard,
-    pub(crate) hints: HintBoard,
     pub(crate) history: Arc<History>,
     /// When pages that wait to be discarded are due.
     flush_due: Mutex<Option<Instant>>,
     /// Locked from when it is found out what is due next until it is set so.
     timer: Mutex<Timer>,
-    pub(crate) service: Mutex<Service>,
+    pub(crate) service: ServiceLock,
     /// The station that serves the device: that of most of its memory.
     pub(crate) home: AtomicUsize,
     /// Queues that were kicked and not looked at since, and whether a worker sees to them.
@@ -84,28 +74,14 @@ pub(crate) struct Shared {
     pub(crate) memory_bytes: AtomicU64,
     /// The target as it was set, which may be more than the guest's memory turns out to be.
     pub(crate) wanted_bytes: AtomicU64,
+    /// As much of it as the guest's memory can give.
+    pub(crate) target_bytes: AtomicU64,
     pub(crate) ballooned_bytes: AtomicU64,
 }
 
 impl Service {
-    /// The started queues, a bit each.
-    pub(crate) fn started(&self) -> u32 {
-        self.queues_that(|_| true)
-    }
-
-    /// The started queues whose elements the VMM pops, a bit each.
-    fn element_queues(&self) -> u32 {
-        self.queues_that(|queue| matches!(queue.source, Source::Elements(_)))
-    }
-
-    fn queues_that(&self, wanted: impl Fn(&Queue) -> bool) -> u32 {
-        let bits = self.queues.iter().zip(0..);
-        bits.filter(|(queue, _)| queue.as_ref().is_some_and(&wanted))
-            .fold(0, |mask, (_, bit)| mask | 1 << bit)
-    }
-
     /// Fails unless features and memory are set.
-    pub(crate) fn ready(&self) -> Result<(Features, &Balloon)> {
+    pub(crate) fn ready(&self) -> Result<(u64, &Balloon)> {
         let features = self.features.ok_or(Error::NotReady("set the features"))?;
         let balloon = self
             .balloon
@@ -114,62 +90,11 @@ impl Service {
         Ok((features, balloon))
     }
 
-    fn queue(&mut self, index: u16) -> Option<&mut Queue> {
-        self.queues.get_mut(usize::from(index))?.as_mut()
-    }
-
-    /// The running rings as they would lie in another table.
-    pub(crate) fn moved_rings(&self, memory: &Arc<GuestMemory>) -> Result<Vec<Option<Ring>>> {
-        let moved = |queue: &Option<Queue>| match queue {
-            Some(Queue {
-                source: Source::Ring(queue),
-                ..
-            }) => queue.ring.moved(memory).map(Some),
-            _ => Ok(None),
-        };
-        self.queues.iter().map(moved).collect()
-    }
-
-    /// Goes on with the rings that [`Self::moved_rings`] returned.
-    pub(crate) fn replace_rings(&mut self, rings: Vec<Option<Ring>>) {
-        for (queue, ring) in self.queues.iter_mut().zip(rings) {
-            if let (
-                Some(Queue {
-                    source: Source::Ring(queue),
-                    ..
-                }),
-                Some(ring),
-            ) = (queue, ring)
-            {
-                queue.ring = ring;
-            }
-        }
-    }
-
-    pub(crate) fn set_call(&mut self, index: u16, call: Option<EventFd>) -> Result<()> {
-        match self.queue(index) {
-            Some(Queue {
-                source: Source::Ring(queue),
-                ..
-            }) => {
-                queue.call = call;
-                // The old descriptor may have swallowed a signal that the new one's owner needs.
-                if let Some(call) = &queue.call {
-                    call.signal();
-                }
-                Ok(())
-            }
-            _ => Err(Error::NoQueue {
-                index: u32::from(index),
-            }),
-        }
-    }
-
     /// Lets pages wait before they are discarded, if the driver promised to tell before it uses them.
-    pub(crate) fn open_window(&mut self, books: &Books) {
+    pub(crate) fn open_window(&mut self, protocol: &dyn Protocol, books: &Books) {
         let told = self
             .features
-            .is_some_and(|f| f.contains(Features::MUST_TELL_HOST));
+            .is_some_and(|features| protocol.tells_before_use(features));
         let setting = if told {
             self.write_behind
         } else {
@@ -195,41 +120,8 @@ impl Service {
         }
     }
 
-    /// The queues as they are saved; `held` is the stats buffer, which counts as not taken.
-    pub(crate) fn saved_queues(
-        &mut self,
-        held: Option<u64>,
-    ) -> [Option<SavedQueue>; QUEUES as usize] {
-        let started = self.started();
-        let stats = self.queue_of(Role::Stats, started).map(|(index, _)| index);
-        let mut saved = [None; QUEUES as usize];
-        for ((slot, queue), index) in saved.iter_mut().zip(&self.queues).zip(0..) {
-            let held = held.filter(|_| stats == Some(index));
-            *slot = queue.as_ref().map(|queue| match &queue.source {
-                Source::Ring(queue) => {
-                    let position = queue.ring.position_before(held);
-                    SavedQueue::Ring { position }
-                }
-                Source::Elements(_) => SavedQueue::Elements,
-            });
-        }
-        saved
-    }
-
-    /// The started queue that has `role`, and its index.
-    fn queue_of(&mut self, role: Role, started: u32) -> Option<(u16, &mut Queue)> {
-        let index = index_of(role, self.features?, started)?;
-        Some((index, self.queue(index)?))
-    }
-
-    /// Serves the kicked queues for one turn; returns those that have more.
-    fn run(
-        &mut self,
-        kicks: u32,
-        shared: &Shared,
-        scratch: &mut Scratch,
-    ) -> Result<u32, RingError> {
-        let started = self.started();
+    /// Does `work` for one turn; returns the queues that have more, or why one broke.
+    fn run(&mut self, work: u32, shared: &Shared, scratch: &mut Scratch) -> Result<u32, Broken> {
         let Self {
             balloon: Some(balloon),
             features: Some(features),
@@ -243,64 +135,14 @@ impl Service {
             balloon,
             scratch,
             books: &shared.books,
-            stats: &shared.stats,
-            hints: &shared.hints,
-            config: &shared.config,
-            refusal: features.contains(Features::PAGE_REFUSAL),
             ballooned_bytes: &shared.ballooned_bytes,
-            poisoned: shared.config.poison_val() != 0 && features.contains(Features::PAGE_POISON),
+            features: *features,
         };
-        let mut more = Ok(0);
-        for role in [
-            Role::Inflate,
-            Role::Deflate,
-            Role::Stats,
-            Role::Hints,
-            Role::Reporting,
-        ] {
-            let Some(index) = index_of(role, *features, started) else {
-                continue;
-            };
-            let Some(Some(queue)) = queues.get_mut(usize::from(index)) else {
-                continue;
-            };
-            if role == Role::Stats && kicks & Shared::STATS_REQUEST != 0 {
-                shared.stats.request(&mut queue.source);
-            }
-            if kicks & (1 << index) == 0 {
-                continue;
-            }
-            match serve_pages(role, &mut queue.source, &mut turn) {
-                Ok(true) => more = more.map(|mask| mask | 1 << index),
-                Ok(false) => {}
-                Err(error) => {
-                    let level = match shared.books.total().broken_rings {
-                        0..MAX_LOGGED_BREAKS => log::Level::Warn,
-                        _ => log::Level::Debug,
-                    };
-                    log::log!(
-                        level,
-                        "queue {index} broke: {error}; the device needs a reset"
-                    );
-                    more = Err(error);
-                    break;
-                }
-            }
-        }
-        more
+        shared.protocol.serve(work, queues, &mut turn)
     }
 }
 
-/// The started queue that has `role`.
-fn index_of(role: Role, features: Features, started: u32) -> Option<u16> {
-    (0..QUEUES).find(|index| {
-        started & (1 << index) != 0 && role_of(*index, features, started) == Some(role)
-    })
-}
-
 impl Shared {
-    /// The mark, among the kicks, that asks for guest statistics.
-    pub(crate) const STATS_REQUEST: u32 = 1 << 31;
     /// The number under which the timer kicks.
     pub(crate) const TIMER: u16 = 30;
     /// The mark that a flush of the window is done.
@@ -308,7 +150,7 @@ impl Shared {
 
     pub(crate) fn new(
         runtime: &Runtime,
-        offered: Features,
+        protocol: Box<dyn Protocol>,
         config_event: Option<EventFd>,
         completion_event: Option<Arc<EventFd>>,
         history: Arc<History>,
@@ -316,26 +158,23 @@ impl Shared {
         let timer = Timer::new()?;
         let service = Service {
             state: DeviceState::Configuring,
-            features: None,
+            features: protocol.preselected(),
             balloon: None,
             inhibits: 0,
             restored: None,
             write_behind: WriteBehind::default(),
-            queues: [const { None }; QUEUES as usize],
+            queues: Queues::new(protocol.kind().queues()),
         };
         Ok(Arc::new_cyclic(|this| Self {
             this: Weak::clone(this),
             pool: Arc::clone(runtime.pool()),
-            offered,
-            config: ConfigSpace::new(offered),
+            protocol,
             config_event,
             books: Arc::new(Books::new(usize::try_from(runtime.nodes()).unwrap_or(1))),
-            stats: StatsBoard::default(),
-            hints: HintBoard::default(),
             history,
             flush_due: Mutex::new(None),
             timer: Mutex::new(timer),
-            service: Mutex::new(service),
+            service: ServiceLock::new(service),
             home: AtomicUsize::new(0),
             turnstile: Turnstile::new(),
             submitted: unbounded(),
@@ -346,6 +185,7 @@ impl Shared {
             features: AtomicU64::new(0),
             memory_bytes: AtomicU64::new(0),
             wanted_bytes: AtomicU64::new(0),
+            target_bytes: AtomicU64::new(0),
             ballooned_bytes: AtomicU64::new(0),
         }))
     }
@@ -366,16 +206,39 @@ impl Shared {
             memory => memory,
         };
         let bytes = self.wanted_bytes.load(Ordering::Acquire).min(memory);
-        let pages = bytes >> BALLOON_PAGE_SHIFT;
-        self.config
-            .set_num_pages(u32::try_from(pages).unwrap_or(u32::MAX));
+        self.target_bytes.store(bytes, Ordering::Release);
+        self.protocol.show_target(bytes);
+    }
+
+    /// How many bytes the driver says the balloon holds, or else how many it holds.
+    pub(crate) fn actual_bytes(&self) -> u64 {
+        let counted = || self.ballooned_bytes.load(Ordering::Acquire);
+        self.protocol.actual_bytes().unwrap_or_else(counted)
+    }
+
+    /// Lets the guest hear of its target.
+    pub(crate) fn announce_target(self: &Arc<Self>) {
+        match self.protocol.announce() {
+            Notice::ConfigChange => self.signal_config(),
+            Notice::Queue => self.schedule(ASKED),
+            Notice::Polled => {}
+        }
+    }
+
+    /// Makes a worker look at `work`: queues (a bit each), or what the VMM asked for.
+    pub(crate) fn schedule(self: &Arc<Self>, work: u32) {
+        if self.wake(work) {
+            let home = self.home.load(Ordering::Relaxed);
+            let device = Arc::clone(self) as Arc<dyn Servable>;
+            self.pool.submit(home, device);
+        }
     }
 
     /// Shows the service's state to those who must not wait for it.
     pub(crate) fn show(&self, service: &Service) {
         self.state.store(service.state as u8, Ordering::Release);
         self.features
-            .store(service.features.map_or(0, |f| f.bits()), Ordering::Release);
+            .store(service.features.unwrap_or(0), Ordering::Release);
         let balloon = service.balloon.as_ref();
         let memory = balloon.map_or(0, |balloon| balloon.memory().total_bytes());
         self.memory_bytes.store(memory, Ordering::Release);
@@ -402,15 +265,11 @@ impl Shared {
         index: u16,
         config: QueueConfig,
     ) -> Result<()> {
-        if index >= QUEUES {
-            return Err(Error::NoQueue {
-                index: u32::from(index),
-            });
-        }
+        let started = service.queues.slot(index)?.is_some();
         if service.state == DeviceState::NeedsReset {
             return Err(Error::NotReady("reset the device"));
         }
-        if service.queue(index).is_some() {
+        if started {
             return Err(Error::AlreadyStarted("the queue"));
         }
         let (features, balloon) = service.ready()?;
@@ -426,11 +285,7 @@ impl Shared {
                 _kick: None,
             },
             Some(ring) => {
-                let ring_features = RingFeatures {
-                    packed: features.contains(Features::RING_PACKED),
-                    indirect: features.contains(Features::INDIRECT_DESC),
-                    event_idx: features.contains(Features::EVENT_IDX),
-                };
+                let ring_features = RingFeatures::negotiated(features);
                 let places = [ring.desc, ring.avail, ring.used];
                 let memory = balloon.memory();
                 let taken = Ring::new(memory, config.size, places, ring.position, ring_features)?;
@@ -445,50 +300,36 @@ impl Shared {
                 }
             }
         };
-        if let Some(slot) = service.queues.get_mut(usize::from(index)) {
-            *slot = Some(queue);
-        }
-        Ok(())
+        service.queues.start(index, queue)
     }
 
     pub(crate) fn stop_queue(&self, service: &mut Service, index: u16) -> Result<QueuePosition> {
         self.accept_elements(service);
-        let started = service.started();
-        let is_stats = service
-            .queue_of(Role::Stats, started)
-            .is_some_and(|(at, _)| at == index);
-        let slot = service.queues.get_mut(usize::from(index));
-        let mut queue = slot.and_then(Option::take).ok_or(Error::NoQueue {
+        let features = service.features.unwrap_or(0);
+        self.protocol.put_back(index, features, &mut service.queues);
+        let queue = service.queues.slot(index)?.take();
+        let mut queue = queue.ok_or(Error::NoQueue {
             index: u32::from(index),
         })?;
-        if is_stats {
-            self.stats.put_back(&mut queue.source);
-        }
         queue.source.cancel();
-        Ok(match queue.source {
-            Source::Ring(queue) => queue.ring.position(),
-            Source::Elements(_) => QueuePosition::SPLIT_START,
-        })
+        Ok(position_of(&queue.source))
     }
 
     pub(crate) fn reset(&self, service: &mut Service) {
-        let set_up = service.features.is_some() || self.config.actual() != 0;
-        for index in 0..QUEUES {
+        let set_up = service.features != self.protocol.preselected() || self.actual_bytes() != 0;
+        for index in 0..service.queues.count() {
             // Queues that are not started have nothing to stop.
             let _ = self.stop_queue(service, index);
         }
-        self.stats.reset();
-        let ended = self.config.reset();
-        self.books
-            .enter(|entry| bump(&mut entry.device().host_resets_acknowledged, ended));
-        self.hints.reset(&self.config);
-        service.features = None;
+        service.queues.forget();
+        self.protocol.reset(&self.books);
+        service.features = self.protocol.preselected();
         service.restored = None;
         service.state = DeviceState::Configuring;
         if let Some(balloon) = &mut service.balloon {
             balloon.reset(&self.books);
         }
-        service.open_window(&self.books);
+        service.open_window(&*self.protocol, &self.books);
         self.turnstile.forget();
         self.show(service);
         if set_up {
@@ -509,27 +350,18 @@ impl Shared {
     /// Sets the timer for whatever is due next.
     pub(crate) fn set_timer(&self) {
         let timer = self.timer.lock();
-        let due = [
-            self.hints.deadline(),
-            self.stats.next_poll(),
-            *self.flush_due.lock(),
-        ];
+        let due = [self.protocol.deadline(), *self.flush_due.lock()];
         timer.arm(due.into_iter().flatten().min());
     }
 
     /// Does what is due; returns what is to be done as if it had been kicked for.
     fn on_timer(&self) -> u32 {
-        if self.hints.expire(&self.config) {
-            log::info!("a round of free page hints took too long; the guest has its pages back");
+        let due = self.protocol.on_timer();
+        if due.config_change {
             self.signal_config();
         }
-        let kicks = if self.stats.poll_is_due() {
-            Self::STATS_REQUEST
-        } else {
-            0
-        };
         self.set_timer();
-        kicks
+        due.work
     }
 
     /// Has the VMM raise a configuration-change interrupt.
@@ -544,7 +376,7 @@ impl Shared {
         let Some(balloon) = &mut service.balloon else {
             return;
         };
-        let target = u64::from(self.config.num_pages()) << BALLOON_PAGE_SHIFT;
+        let target = self.target_bytes.load(Ordering::Acquire);
         let settled = balloon.ballooned_bytes() >= target;
         let this = Weak::clone(&self.this);
         balloon.flush_if_due(settled, &self.books, move || {
@@ -559,26 +391,44 @@ impl Shared {
         }
     }
 
+    fn note_broken(&self, Broken { queue, error }: Broken) {
+        let level = match self.books.total().broken_rings {
+            0..MAX_LOGGED_BREAKS => log::Level::Warn,
+            _ => log::Level::Debug,
+        };
+        log::log!(
+            level,
+            "queue {queue} broke: {error}; the device needs a reset"
+        );
+        self.books
+            .enter(|entry| bump(&mut entry.device().broken_rings, 1));
+    }
+
     /// One turn under the lock; returns the queues that have more.
     fn turn(&self, scratch: &mut Scratch) -> u32 {
         let mut service = self.service.lock();
-        let mut kicks = self.turnstile.collect();
-        if kicks & (1 << Self::TIMER) != 0 {
-            kicks |= self.on_timer();
+        let mut work = self.turnstile.collect();
+        if work & (1 << Self::TIMER) != 0 {
+            work |= self.on_timer();
         }
         self.accept_elements(&mut service);
         if service.state != DeviceState::Active {
             self.tend_window(&mut service);
             return 0;
         }
-        let more = service.run(kicks, self, scratch).unwrap_or_else(|_| {
-            self.books
-                .enter(|entry| bump(&mut entry.device().broken_rings, 1));
+        let before = self.ballooned_bytes.load(Ordering::Acquire);
+        let more = service.run(work, self, scratch).unwrap_or_else(|broken| {
+            self.note_broken(broken);
             service.state = DeviceState::NeedsReset;
             0
         });
         self.tend_window(&mut service);
         self.show(&service);
+        if self.protocol.actual_bytes().is_none()
+            && self.ballooned_bytes.load(Ordering::Acquire) != before
+        {
+            self.record(HistoryEvent::ActualWritten);
+        }
         if service.state == DeviceState::NeedsReset {
             self.record(HistoryEvent::NeedsReset);
             self.signal_config();

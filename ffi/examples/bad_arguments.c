@@ -362,7 +362,7 @@ static void bad_elements(struct aerostat_device *device)
 
     REFUSED(EFAULT, aerostat_device_submit(device, NULL, 1));
     REFUSED(EFAULT, aerostat_device_completions(device, NULL, 1));
-    element = good, element.flags = 1;
+    element = good, element.flags = 2;
     REFUSED(EINVAL, aerostat_device_submit(device, &element, 1));
     element = good, element.readable = NULL;
     REFUSED(EFAULT, aerostat_device_submit(device, &element, 1));

@@ -30,12 +30,13 @@ struct popped {
     uint16_t flags;
 };
 
-static void submit(struct aerostat_device *device, struct popped *popped)
+static void submit_with(struct aerostat_device *device, struct popped *popped, uint32_t flags)
 {
     struct aerostat_element element;
     memset(&element, 0, sizeof(element));
     element.token = (uint64_t)(uintptr_t)popped;
     element.queue = popped->queue;
+    element.flags = flags;
     if (popped->writable) {
         element.writable = popped->parts;
         element.n_writable = popped->n_parts;
@@ -44,6 +45,11 @@ static void submit(struct aerostat_device *device, struct popped *popped)
         element.n_readable = popped->n_parts;
     }
     OK(aerostat_device_submit(device, &element, 1));
+}
+
+static void submit(struct aerostat_device *device, struct popped *popped)
+{
+    submit_with(device, popped, 0);
 }
 
 /* What the main loop does when completion_fd is readable: virtqueue_push() and notify. */
@@ -199,6 +205,16 @@ int main(void)
     CHECK(balloon_becomes(device, BALLOON_BYTES / 2));
     OK(aerostat_device_resume(device));
     CHECK(wait_eventfd(completion_fd));
+
+    /* On this thread, without waking another one, unless a worker is with the device just now. */
+    popped[0] = pop_pfns(INFLATE, buffers[0], FIRST_PFN, 256);
+    submit_with(device, &popped[0], AEROSTAT_ELEMENT_HERE);
+    run(device, completion_fd, 1);
+    CHECK(!page_is_resident(&guest, FIRST_PFN));
+    popped[0] = pop_pfns(DEFLATE, buffers[0], FIRST_PFN, 256);
+    submit_with(device, &popped[0], AEROSTAT_ELEMENT_HERE);
+    run(device, completion_fd, 1);
+    CHECK(balloon_becomes(device, BALLOON_BYTES / 2));
 
     /* Reported pages are freed as well, but stay the guest's. */
     memset(&popped[0], 0, sizeof(popped[0]));

@@ -4,7 +4,7 @@
 use crate::boundary::Refusal;
 use crate::device::{aerostat_device, on_device};
 use crate::handle;
-use ::aerostat_device::Device;
+use ::aerostat_device::DeviceKind;
 use std::ffi::{c_int, c_void};
 
 /// The length of the configuration space in bytes: num_pages, actual, free_page_hint_cmd_id,
@@ -17,8 +17,11 @@ pub const AEROSTAT_CONFIG_BYTES_HOST_RESET: u32 = 24;
 
 /// The longest that it can be.
 const SPACE: usize = AEROSTAT_CONFIG_BYTES_HOST_RESET as usize;
-const _: () = assert!(AEROSTAT_CONFIG_BYTES as usize == Device::CONFIG_BYTES);
-const _: () = assert!(SPACE == Device::HOST_RESET_CONFIG_BYTES);
+const _: () = {
+    let kind = DeviceKind::VirtioBalloon;
+    assert!(AEROSTAT_CONFIG_BYTES as usize == kind.config_bytes(kind.default_features()));
+    assert!(SPACE == kind.config_bytes(kind.supported_features()));
+};
 
 /// Reads len bytes of the configuration space from offset on, for a driver's read (VIRTIO 1.4,
 /// 5.5.4). What lies behind the end of the space reads as zero.

@@ -7,7 +7,7 @@ use crate::handle::{self, Handle, Slot};
 use crate::memory::aerostat_memory;
 use crate::runtime::aerostat_runtime;
 use crate::versioned::{self, Versioned};
-use ::aerostat_device::{Device, DeviceConfig, DeviceState};
+use ::aerostat_device::{Device, DeviceConfig, DeviceKind, DeviceState};
 use std::ffi::c_int;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -135,6 +135,7 @@ pub unsafe extern "C" fn aerostat_device_new(
             ("aerostat_device_config.completion_fd", config.completion_fd),
         )?;
         let config = DeviceConfig {
+            kind: DeviceKind::VirtioBalloon,
             features: config.features,
             config_event,
             completion_event,

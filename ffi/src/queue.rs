@@ -131,7 +131,7 @@ pub unsafe extern "C" fn aerostat_device_start_queue(
             AEROSTAT_QUEUE_ELEMENT,
         )?;
         check_reserved("aerostat_queue_config.reserved", config.reserved.into())?;
-        let index = queue_index(index)?;
+        let index = queue_index(device, index)?;
         let ring = match config.flags & AEROSTAT_QUEUE_ELEMENT {
             0 => Some(ring(&config)?),
             _ => None,
@@ -166,7 +166,7 @@ pub unsafe extern "C" fn aerostat_device_stop_queue(
     on_device(device, |device| {
         // SAFETY: NULL, or as long as its size says (the header's rule for pointers).
         let out = unsafe { Output::new(out) }?;
-        let position = device.stop_queue(queue_index(index)?)?;
+        let position = device.stop_queue(queue_index(device, index)?)?;
         out.fill(&position.into());
         Ok(0)
     })
@@ -191,15 +191,15 @@ pub unsafe extern "C" fn aerostat_device_set_queue_call(
     let device = unsafe { handle::get(device) };
     on_device(device, |device| {
         let call = fd::optional_eventfd("call_fd", call_fd)?;
-        device.set_queue_call(queue_index(index)?, call)?;
+        device.set_queue_call(queue_index(device, index)?, call)?;
         Ok(0)
     })
 }
 
-/// Refuses indices that no queue of a balloon has.
-pub(crate) fn queue_index(index: u32) -> Outcome<u16> {
+/// Refuses indices that no queue of the device has.
+pub(crate) fn queue_index(device: &Device, index: u32) -> Outcome<u16> {
     match u16::try_from(index) {
-        Ok(index) if index < Device::MAX_QUEUES => Ok(index),
+        Ok(index) if index < device.kind().queues() => Ok(index),
         _ => Err(Error::NoQueue { index }.into()),
     }
 }

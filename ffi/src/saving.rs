@@ -119,7 +119,7 @@ pub unsafe extern "C" fn aerostat_device_saved_position(
     on_device(device, |device| {
         // SAFETY: NULL, or as long as its size says (the header's rule for pointers).
         let out = unsafe { Output::new(out) }?;
-        let position = device.saved_position(queue_index(index)?)?;
+        let position = device.saved_position(queue_index(device, index)?)?;
         out.fill(&position.into());
         Ok(0)
     })

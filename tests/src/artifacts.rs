@@ -20,3 +20,9 @@ pub fn vhost_user_backend() -> PathBuf {
     env::var_os("AEROSTAT_VHOST_USER")
         .map_or_else(|| directory().join("aerostat-vhost-user"), PathBuf::from)
 }
+
+/// The reclaimer daemon: `AEROSTAT_AEROSTATD`, or the one built with the running program.
+#[must_use]
+pub fn aerostatd() -> PathBuf {
+    env::var_os("AEROSTAT_AEROSTATD").map_or_else(|| directory().join("aerostatd"), PathBuf::from)
+}

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aerostat_reclaim::vm::{ControlClient, ControlError};
+use aerostat_reclaim::vm::{ControlClient, VmError};
 
 /// How long the process may take until its sockets are there.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -48,7 +48,7 @@ pub enum BackendError {
         log: String,
         /// What the control socket said.
         #[source]
-        source: ControlError,
+        source: VmError,
     },
 }
 
@@ -116,8 +116,8 @@ impl Backend {
     /// Connects to the control socket of a device.
     ///
     /// # Errors
-    /// See [`ControlError`].
-    pub fn control(&self, device: usize) -> Result<ControlClient, ControlError> {
+    /// See [`VmError`].
+    pub fn control(&self, device: usize) -> Result<ControlClient, VmError> {
         ControlClient::connect(&self.control_socket(device), COMMAND_TIMEOUT)
     }
 

@@ -7,4 +7,6 @@ pub mod cpio;
 pub mod demo;
 pub mod guest;
 pub mod host_vm;
+pub mod qemu;
+pub mod reclaimer;
 pub mod vmm;

@@ -50,7 +50,8 @@ fn sum(ranges: &[aerostat_range]) -> u64 {
 /// One round as a stock driver takes part in it.
 fn tells_its_unused_memory(guest: &Guest) -> Result<()> {
     let working_set = guest.fill_memory(300, 9)?;
-    let (full, before) = (guest.ram().allocated_bytes()?, guest.books()?);
+    let before = guest.settled_books()?;
+    let full = guest.ram().allocated_bytes()?;
     guest.config_event.take();
 
     let id = start(guest)?;

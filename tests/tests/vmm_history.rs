@@ -26,7 +26,8 @@ fn all(guest: &Guest) -> Result<Vec<aerostat_history_entry>> {
 #[test]
 fn it_tells_of_targets_of_what_the_guest_did_and_why() -> Result<()> {
     let vmm = Vmm::new()?;
-    let mut guest = vmm.boot(&GuestConfig::new(Backing::Anonymous, 16))?;
+    let config = GuestConfig::new(Backing::Anonymous, 16).with_plain_split_rings();
+    let mut guest = vmm.boot(&config)?;
     guest.balloon_to(MIB)?;
     guest.device().inhibit()?;
     guest.device().uninhibit()?;

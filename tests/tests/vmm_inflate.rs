@@ -137,6 +137,48 @@ fn every_way_of_using_a_split_ring_works() -> Result<()> {
     Ok(())
 }
 
+/// S12: numbers are units of 4 KiB whatever the guest's pages are, so a guest with pages of 64 KiB sends 16
+/// in a row. To a host with pages of 64 KiB each row is one of its own; to any host it is one range.
+#[test]
+fn a_guest_with_pages_of_64_kib_sends_sixteen_numbers_in_a_row() -> Result<()> {
+    const ROW: u64 = 16;
+    for host_page_bytes in [0, ROW * PAGE_BYTES] {
+        for backing in [MEMFD, Backing::Anonymous] {
+            let low = RegionSpec::new(0, 8 * MIB, Backing::Anonymous);
+            let high = RegionSpec {
+                page_size_bytes: host_page_bytes,
+                ..RegionSpec::new(64 * MIB, 16 * MIB, backing)
+            };
+            let vmm = Vmm::new()?;
+            let guest = vmm.boot(&GuestConfig::with_regions(vec![low, high]))?;
+            let first = 64 * MIB / PAGE_BYTES;
+            let all: Vec<u64> = (first..first + 16 * MIB / PAGE_BYTES).collect();
+            let contents = WorkingSet::fill(guest.ram(), all.clone(), 12);
+            // Every second page of 64 KiB: 16 pages of the guest in a buffer of 256 numbers.
+            let rows: Vec<u64> = (0..64).map(|row| first + 2 * ROW * row).collect();
+            let pages: Vec<u64> = rows.iter().flat_map(|row| *row..row + ROW).collect();
+
+            guest.driver().give(&pages)?;
+            let books = guest.settled_books()?;
+            assert_eq!(books.balloon.discarded_bytes, 64 * ROW * PAGE_BYTES);
+            assert_eq!(books.balloon.held_bytes, 0, "no page is given in part");
+            assert!(books.discard_ranges <= 64, "{books:?}");
+            assert_eq!(contents.damaged(guest.ram()), pages);
+
+            // Taken back page by page, the other ones keep what they hold.
+            for row in rows.iter().rev() {
+                guest
+                    .driver()
+                    .take(&(*row..row + ROW).collect::<Vec<_>>())?;
+            }
+            assert_eq!(guest.device().query()?.ballooned_bytes, 0);
+            assert_eq!(guest.settled_books()?.returned_bytes, 64 * ROW * PAGE_BYTES);
+            assert_eq!(contents.damaged(guest.ram()), pages);
+        }
+    }
+    Ok(())
+}
+
 /// S6: used lengths are not overstated; a balloon's buffers are read only.
 #[test]
 fn acknowledgements_say_that_nothing_was_written() -> Result<()> {

@@ -33,6 +33,7 @@ fn moves_while_ballooned(config: &GuestConfig) -> Result<()> {
     let mut guest = vmm.boot(config)?;
     let working_set = guest.fill_memory(1000, 1)?;
     guest.balloon_to(24 * MIB)?;
+    guest.settled_books()?;
     guest.device().set_target(30 * MIB)?;
     let (before, allocated) = (guest.device().query()?, guest.ram().allocated_bytes()?);
 
@@ -62,7 +63,7 @@ fn moves_while_ballooned(config: &GuestConfig) -> Result<()> {
 
     // It goes on in both directions, with the pages that the old device took.
     guest.balloon_to(40 * MIB)?;
-    assert_eq!(guest.books()?.balloon.discarded_bytes, 16 * MIB);
+    assert_eq!(guest.settled_books()?.balloon.discarded_bytes, 16 * MIB);
     guest.balloon_to(0)?;
     let books = guest.books()?;
     assert_eq!(
@@ -194,7 +195,7 @@ fn held_frames_move_and_are_completed_elsewhere() -> Result<()> {
 #[test]
 fn a_device_that_needs_a_reset_still_does_elsewhere() -> Result<()> {
     let vmm = Vmm::new()?;
-    let mut guest = vmm.boot(&GuestConfig::new(MEMFD, 16))?;
+    let mut guest = vmm.boot(&GuestConfig::new(MEMFD, 16).with_plain_split_rings())?;
     guest.balloon_to(2 * MIB)?;
     let mut hostile = Hostile::new(&guest, Role::Deflate)?;
     hostile.offer(u16::MAX);
@@ -290,7 +291,7 @@ fn states_that_do_not_fit_are_refused_and_change_nothing() -> Result<()> {
     let state = guest.device().save()?;
     assert_errno(guest.device().restore(&state), libc::EALREADY);
 
-    let new = Device::new(vmm.runtime(), 0, -1, -1)?;
+    let new = Device::new(vmm.runtime(), guest.config().offered, -1, -1)?;
     assert_errno(new.restore(&state), libc::ENOTCONN);
     let small = GuestRam::new("small", &[RegionSpec::new(0, 4 * MIB, Backing::Anonymous)])?;
     new.set_memory(&small)?;
@@ -343,7 +344,7 @@ fn inhibits_stay_behind() -> Result<()> {
     assert_errno(guest.device().uninhibit(), libc::EPROTO);
     guest.config_event.take();
     guest.balloon_to(4 * MIB)?;
-    let flow = guest.books()?.balloon;
+    let flow = guest.settled_books()?.balloon;
     assert_eq!(
         (flow.discarded_bytes, flow.skipped_inhibited_bytes),
         (2 * MIB, 0)

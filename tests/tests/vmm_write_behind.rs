@@ -2,6 +2,7 @@
 //! (requirement S7; invariants I1, I2, I4).
 
 use aerostat::AEROSTAT_FEATURE_VERSION_1;
+use aerostat_tests::vmm::allocator::Order;
 use aerostat_tests::vmm::mapping::Backing;
 use aerostat_tests::vmm::working_set::WorkingSet;
 use aerostat_tests::vmm::{Guest, GuestConfig, MIB, PAGE_BYTES, Result, Vmm};
@@ -160,6 +161,37 @@ fn without_must_tell_host_discarding_comes_before_the_acknowledgement() -> Resul
     let given = give(&guest, 1)?;
     assert_eq!(full - guest.ram().allocated_bytes()?, given);
     assert_eq!(guest.device().counters()?.balloon.pending_bytes, 0);
+    Ok(())
+}
+
+/// Hostile drivers, amplification: a guest that gives its pages in the worst order does not get a system call
+/// for each. In a file runs grow together while they wait; private memory is advised in vectors at once.
+#[test]
+fn scattered_pages_do_not_cost_a_call_each() -> Result<()> {
+    let vmm = Vmm::new()?;
+    for (backing, limit_bytes) in [
+        (Backing::Memfd { offset_bytes: 0 }, 1 << 40),
+        (Backing::Anonymous, 1 << 40),
+        (Backing::Anonymous, 0),
+    ] {
+        let config = GuestConfig {
+            order: Order::Random(9),
+            ..GuestConfig::new(backing, 64)
+        };
+        let guest = vmm.boot(&config)?;
+        guest.device().set_write_behind(limit_bytes, FOREVER_MS)?;
+        guest.device().set_target(64 * MIB)?;
+        let pages = guest.driver().allocator.unused_pages();
+        while guest.driver().fill(256)? > 0 {}
+        guest.device().flush()?;
+        let books = guest.settled_books()?;
+        assert_eq!(books.balloon.discarded_bytes, pages * PAGE_BYTES);
+        let calls = books.discard_calls;
+        assert!(
+            calls * 100 < pages,
+            "{calls} calls, {pages} pages, {backing:?}"
+        );
+    }
     Ok(())
 }
 

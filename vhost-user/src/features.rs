@@ -3,28 +3,34 @@
 //! Specification: virtio 1.2, "Traditional Memory Balloon Device", "Feature bits", and "Reserved
 //! Feature Bits".
 
-use aerostat_device::Device;
+use aerostat_device::DeviceKind;
 
-/// The device's own features, by the names that VMMs give them.
-const DEVICE: [(&str, u64); 8] = [
+const KIND: DeviceKind = DeviceKind::VirtioBalloon;
+
+/// Queues have the packed layout.
+pub(crate) const RING_PACKED: u64 = 1 << 34;
+
+/// What can be chosen, by the names that VMMs give them: the device's own features, and how its rings are
+/// laid out and used.
+const CHOICES: [(&str, u64); 10] = [
     ("must-tell-host", 1 << 0),
     ("stats-vq", 1 << 1),
     ("deflate-on-oom", 1 << 2),
     ("free-page-hint", 1 << 3),
     ("page-poison", 1 << 4),
     ("page-reporting", 1 << 5),
+    ("ring-packed", RING_PACKED),
+    ("in-order", 1 << 35),
     ("page-refusal", 1 << 50),
     ("host-reset", 1 << 51),
 ];
 
 /// The transport's, which are not for choosing.
-const TRANSPORT: [(&str, u64); 7] = [
+const TRANSPORT: [(&str, u64); 5] = [
     ("ring-indirect-desc", 1 << 28),
     ("ring-event-idx", 1 << 29),
     ("version-1", 1 << 32),
     ("access-platform", 1 << 33),
-    ("ring-packed", 1 << 34),
-    ("in-order", 1 << 35),
     ("order-platform", 1 << 36),
 ];
 
@@ -37,7 +43,7 @@ pub(crate) fn names(features: u64) -> Vec<String> {
         .map(|bit| (bit, 1_u64 << bit))
         .filter(|(_, mask)| features & mask != 0)
         .map(|(bit, mask)| {
-            let mut known = DEVICE.iter().chain(&TRANSPORT);
+            let mut known = CHOICES.iter().chain(&TRANSPORT);
             known
                 .find(|(_, known)| *known == mask)
                 .map_or_else(|| format!("bit-{bit}"), |(name, _)| (*name).to_owned())
@@ -47,20 +53,20 @@ pub(crate) fn names(features: u64) -> Vec<String> {
 
 /// The features of the device that can be offered, by name.
 pub(crate) fn supported() -> impl Iterator<Item = &'static str> {
-    DEVICE
+    CHOICES
         .iter()
-        .filter(|(_, bit)| Device::SUPPORTED_FEATURES & bit != 0)
+        .filter(|(_, bit)| KIND.supported_features() & bit != 0)
         .map(|(name, _)| *name)
 }
 
 /// What `--features` means: a comma-separated list, or `default`, or `none`.
 pub(crate) fn parse(list: &str) -> Result<u64, String> {
-    let transport = Device::DEFAULT_FEATURES & !DEVICE_BITS;
+    let transport = KIND.default_features() & !DEVICE_BITS;
     list.split(',')
         .map(str::trim)
         .try_fold(transport, |features, name| {
             let bits = match name {
-                "default" => Device::DEFAULT_FEATURES,
+                "default" => KIND.default_features(),
                 "none" => 0,
                 name => bit(name)?,
             };
@@ -69,9 +75,9 @@ pub(crate) fn parse(list: &str) -> Result<u64, String> {
 }
 
 fn bit(name: &str) -> Result<u64, String> {
-    DEVICE
+    CHOICES
         .iter()
-        .filter(|(_, bit)| Device::SUPPORTED_FEATURES & bit != 0)
+        .filter(|(_, bit)| KIND.supported_features() & bit != 0)
         .find_map(|(known, bit)| (*known == name).then_some(*bit))
         .ok_or_else(|| {
             let known: Vec<_> = supported().collect();

@@ -27,7 +27,7 @@ use crate::session::SessionError;
 use crate::vm::Vm;
 use crate::wake::{Wake, is_ready, wait};
 use aerostat_device::{Runtime, RuntimeConfig};
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -66,6 +66,12 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// The command line, for its manual page and for completion.
+#[must_use]
+pub fn command() -> clap::Command {
+    Arguments::command()
+}
+
 /// One session over `front_end` with a virtual machine of its own, until the other end is closed.
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
@@ -74,7 +80,7 @@ pub fn serve_one(runtime: &Arc<Runtime>, front_end: UnixStream) {
     use std::sync::OnceLock;
     static SHUTDOWN: OnceLock<Option<Wake>> = OnceLock::new();
     let shutdown = SHUTDOWN.get_or_init(|| {
-        let installed = sigbus::install();
+        let installed = sigbus::install(session::MAX_MAPPINGS);
         installed.and_then(|()| Wake::new()).ok()
     });
     if let Some(shutdown) = shutdown {
@@ -108,7 +114,8 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         .map(bind)
         .collect::<Result<_, _>>()?;
     let mut signals = termination_signals()?;
-    sigbus::install()?;
+    // Each virtual machine has room of its own: none can use up another's.
+    sigbus::install(arguments.socket_path.len() * session::MAX_MAPPINGS)?;
     let shutdown = Arc::new(Wake::new()?);
     let runtime = Runtime::new(&RuntimeConfig {
         workers_per_node: arguments.workers,

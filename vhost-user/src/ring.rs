@@ -13,13 +13,18 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-/// The most entries of a ring (virtio 1.2, "Split Virtqueues").
+/// The most entries of a ring (virtio 1.2, "Split Virtqueues", "Packed Virtqueues").
 const MAX_ENTRIES: u32 = 32768;
+/// Where a new packed ring starts: slot 0 of the lap whose wrap counter is 1, twice.
+const PACKED_START: u32 = 0x8000_8000;
+/// "used" among the flags of a packed descriptor, which are its last two bytes.
+const PACKED_USED: u16 = 1 << 15;
+const PACKED_FLAGS: u64 = 14;
 
 /// Why a ring cannot be started, or set up so.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RingError {
-    #[error("{0} entries; a split ring has a power of two of them, up to 32768")]
+    #[error("{0} entries; a ring has up to 32768 of them, a split one a power of two")]
     Entries(u32),
     #[error("base {0:#x}; a split ring's position is a number of 16 bits")]
     Base(u32),
@@ -38,8 +43,10 @@ pub(crate) enum RingError {
 pub(crate) struct Ring {
     entries: Option<u16>,
     addr: Option<VringAddr>,
-    /// Where to go on, as the front-end or the last stop left it.
-    base: u16,
+    /// Where to go on, as the front-end or the last stop left it: of a split ring the next entry of the
+    /// available ring, of a packed one the next slots to be taken and to be used, each with its wrap
+    /// counter (vhost-user, "Vring base").
+    base: u32,
     /// Whether the front-end gave the base, since the ring last ran.
     base_given: bool,
     kick: Option<OwnedFd>,
@@ -50,30 +57,53 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    pub(crate) fn set_entries(&mut self, entries: u32) -> Result<(), RingError> {
-        let valid = entries.is_power_of_two() && entries <= MAX_ENTRIES;
+    pub(crate) fn set_entries(&mut self, entries: u32, packed: bool) -> Result<(), RingError> {
+        let allowed = entries.is_power_of_two() || packed && entries > 0;
+        let valid = allowed && entries <= MAX_ENTRIES;
         self.entries = u16::try_from(entries).ok().filter(|_| valid);
         self.entries.map(drop).ok_or(RingError::Entries(entries))
     }
 
-    pub(crate) fn set_base(&mut self, base: u32) -> Result<(), RingError> {
-        self.base = u16::try_from(base).map_err(|_| RingError::Base(base))?;
+    pub(crate) fn set_base(&mut self, base: u32, packed: bool) -> Result<(), RingError> {
+        if !packed && base > u32::from(u16::MAX) {
+            return Err(RingError::Base(base));
+        }
+        self.base = base;
         self.base_given = true;
         Ok(())
     }
 
-    pub(crate) fn base(&self) -> u16 {
+    pub(crate) fn base(&self) -> u32 {
         self.base
     }
 
     /// Whether the front-end says that the ring begins at its first entry.
-    pub(crate) fn is_new(&self) -> bool {
-        self.base_given && self.base == 0
+    pub(crate) fn is_new(
+        &self,
+        slots: &[Slot],
+        memory: Option<&GuestMemory>,
+        packed: bool,
+    ) -> bool {
+        let first = match self.base {
+            0 => !packed || self.has_unused_start(slots, memory),
+            base => packed && base == PACKED_START,
+        };
+        self.base_given && first
     }
 
     /// Whether the front-end says that the ring goes on where it was.
     pub(crate) fn is_resumed(&self) -> bool {
-        self.base_given && self.base != 0
+        self.base_given && self.base != 0 && self.base != PACKED_START
+    }
+
+    /// Whether nothing was ever used of a packed ring. Linux's virtio_uml gives the base of a new one as
+    /// zero, which says the second lap; behind a first one the first slot is marked as used.
+    fn has_unused_start(&self, slots: &[Slot], memory: Option<&GuestMemory>) -> bool {
+        let start = self.addr.and_then(|addr| translate(slots, addr.desc));
+        let flags = start
+            .and_then(|start| start.0.checked_add(PACKED_FLAGS))
+            .and_then(|at| read_u16(memory?, Gpa(at)));
+        flags.is_some_and(|flags| flags & PACKED_USED == 0)
     }
 
     /// Notes where the ring is. An address outside the memory table is refused at once, so that the
@@ -133,17 +163,26 @@ impl Ring {
         &self,
         slots: &[Slot],
         memory: Option<&GuestMemory>,
+        packed: bool,
     ) -> Result<Option<QueueConfig>, RingError> {
         let (Some(addr), Some(kick)) = (self.addr, &self.kick) else {
             return Ok(None);
         };
         let addresses = Addresses::of(addr, slots)?;
-        let next_used = memory
-            .and_then(|memory| used_index(memory, addresses.used))
-            .ok_or(RingError::Address {
+        let position = if packed {
+            self.packed_position(slots, memory)
+        } else {
+            let next_avail = low(self.base);
+            let index = memory.and_then(|memory| used_index(memory, addresses.used));
+            let next_used = index.ok_or(RingError::Address {
                 what: "the used ring",
                 address: addr.used,
             })?;
+            QueuePosition {
+                next_avail,
+                next_used,
+            }
+        };
         Ok(Some(QueueConfig {
             size: self.entries.ok_or(RingError::NoSize)?,
             ring: Some(RingConfig {
@@ -152,12 +191,20 @@ impl Ring {
                 used: addresses.used,
                 kick: kick.try_clone()?,
                 call: self.call()?,
-                position: QueuePosition {
-                    next_avail: self.base,
-                    next_used,
-                },
+                position,
             }),
         }))
+    }
+
+    /// Where a packed ring goes on.
+    fn packed_position(&self, slots: &[Slot], memory: Option<&GuestMemory>) -> QueuePosition {
+        if self.base == 0 && self.has_unused_start(slots, memory) {
+            return QueuePosition::PACKED_START;
+        }
+        QueuePosition {
+            next_avail: low(self.base),
+            next_used: low(self.base >> 16),
+        }
     }
 
     /// Notes that it was stopped at `position`.
@@ -165,10 +212,11 @@ impl Ring {
     /// What was taken and not given back (the statistics buffer, which the device holds on to) is
     /// to be taken again, by us or by whoever serves the ring next: the position that the protocol
     /// knows is one number, so the ring goes on from the last entry that was given back.
-    pub(crate) fn stopped(&mut self, position: QueuePosition) {
+    pub(crate) fn stopped(&mut self, position: QueuePosition, packed: bool) {
         self.started = false;
         self.base_given = false;
-        self.base = position.next_used;
+        let used = u32::from(position.next_used);
+        self.base = if packed { used | used << 16 } else { used };
     }
 
     /// Back to the beginning, but for the descriptors that the device signals. QEMU does not send
@@ -211,9 +259,18 @@ impl Addresses {
 /// The used ring's index as the guest sees it ("idx", two bytes into the ring, little-endian). It is
 /// the one place that says how far a ring was served by a back-end that is no more.
 fn used_index(memory: &GuestMemory, used: Gpa) -> Option<u16> {
-    let mut index = [0; 2];
-    let slice = memory.slice_prefix(used, 4)?;
-    (slice.read(2, &mut index) == index.len()).then(|| u16::from_le_bytes(index))
+    read_u16(memory, Gpa(used.0.checked_add(2)?))
+}
+
+fn read_u16(memory: &GuestMemory, at: Gpa) -> Option<u16> {
+    let mut bytes = [0; 2];
+    let slice = memory.slice_prefix(at, 2)?;
+    (slice.read(0, &mut bytes) == bytes.len()).then(|| u16::from_le_bytes(bytes))
+}
+
+/// The lower half.
+fn low(value: u32) -> u16 {
+    u16::try_from(value & u32::from(u16::MAX)).unwrap_or(0)
 }
 
 /// A read or write of a descriptor from outside must not stop a thread that serves other guests.
@@ -233,12 +290,17 @@ mod tests {
     fn sizes_and_bases_are_checked() {
         let mut ring = Ring::default();
         for entries in [0, 3, 65536, u32::MAX] {
-            assert!(ring.set_entries(entries).is_err());
+            assert!(ring.set_entries(entries, false).is_err());
         }
-        ring.set_entries(32768).unwrap();
-        ring.set_base(65535).unwrap();
-        assert!(ring.set_base(65536).is_err());
+        ring.set_entries(32768, false).unwrap();
+        ring.set_base(65535, false).unwrap();
+        assert!(ring.set_base(65536, false).is_err());
         assert_eq!(ring.base(), 65535);
+        for entries in [0, 32769, u32::MAX] {
+            assert!(ring.set_entries(entries, true).is_err());
+        }
+        ring.set_entries(3, true).unwrap();
+        ring.set_base(u32::MAX, true).unwrap();
     }
 
     #[test]
@@ -261,10 +323,13 @@ mod tests {
     #[test]
     fn a_stopped_ring_goes_on_from_what_it_gave_back() {
         let mut ring = Ring::default();
-        ring.stopped(QueuePosition {
+        let position = QueuePosition {
             next_avail: 8,
             next_used: 7,
-        });
+        };
+        ring.stopped(position, false);
         assert_eq!(ring.base(), 7);
+        ring.stopped(position, true);
+        assert_eq!(ring.base(), 7 | 7 << 16);
     }
 }

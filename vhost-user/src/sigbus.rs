@@ -10,30 +10,27 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use signal_hook::consts::SIGBUS;
 use std::ffi::c_void;
 use std::io;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// The most mappings at a time: 16 guests with all the regions that they can have.
-const MAX_WATCHED: usize = 1024;
-
 /// One mapping; `start` is 0 while the place is empty.
+#[derive(Debug, Default)]
 struct Place {
     start: AtomicUsize,
     len: AtomicUsize,
     lost: AtomicBool,
 }
 
-/// Where the handler looks. It may not lock or allocate, so this is fixed, and only atomics.
-static PLACES: [Place; MAX_WATCHED] = [const {
-    Place {
-        start: AtomicUsize::new(0),
-        len: AtomicUsize::new(0),
-        lost: AtomicBool::new(false),
-    }
-}; MAX_WATCHED];
+/// Where the handler looks. It may not lock or allocate, so this is made once, and only atomics.
+static PLACES: OnceLock<Vec<Place>> = OnceLock::new();
+
+fn places() -> &'static [Place] {
+    PLACES.get().map_or(&[], Vec::as_slice)
+}
 
 /// A mapping that may lose its memory, as long as this is kept.
 #[derive(Debug)]
-pub(crate) struct Watched(usize);
+pub(crate) struct Watched(&'static Place);
 
 impl Watched {
     /// Watches over a mapping. `None` if there are too many.
@@ -43,33 +40,33 @@ impl Watched {
     /// replaced by zeros when touching it fails.
     pub(crate) unsafe fn new(start: usize, len: usize) -> Option<Self> {
         // 1 reserves a place: nothing is mapped there.
-        let index = PLACES.iter().position(|place| {
+        let place = places().iter().find(|place| {
             let empty = place
                 .start
                 .compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed);
             empty.is_ok()
         })?;
-        let place = &PLACES[index];
         place.len.store(len, Ordering::Release);
         place.lost.store(false, Ordering::Relaxed);
         place.start.store(start, Ordering::Release);
-        Some(Self(index))
+        Some(Self(place))
     }
 
     /// Whether its memory went away.
     pub(crate) fn is_lost(&self) -> bool {
-        PLACES[self.0].lost.load(Ordering::Relaxed)
+        self.0.lost.load(Ordering::Relaxed)
     }
 }
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        PLACES[self.0].start.store(0, Ordering::Release);
+        self.0.start.store(0, Ordering::Release);
     }
 }
 
-/// Installs the handler; once, before there are mappings.
-pub(crate) fn install() -> io::Result<()> {
+/// Installs the handler, with room for this many mappings at a time; once, before there are any.
+pub(crate) fn install(mappings: usize) -> io::Result<()> {
+    PLACES.get_or_init(|| (0..mappings).map(|_| Place::default()).collect());
     // Handlers that were there before are called first, and that of Rust's runtime, which looks for
     // stack overflows, gives up the signal when it finds none: the second SIGBUS would be the end.
     // SAFETY: puts the default action in the place of a handler; nothing refers to either.
@@ -93,7 +90,7 @@ pub(crate) fn install() -> io::Result<()> {
 
 /// Puts zeros where the mapping around `address` is; false if there is none.
 fn replace(address: usize) -> bool {
-    for place in &PLACES {
+    for place in places() {
         let start = place.start.load(Ordering::Acquire);
         let len = place.len.load(Ordering::Acquire);
         if start <= 1 || address < start || address - start >= len {

@@ -9,8 +9,8 @@ use crate::mapping::MemoryTable;
 use crate::wake::Wake;
 use aerostat_device::memory::{BALLOON_PAGE_BYTES, NodeId, PfnRange};
 use aerostat_device::{
-    Device, DeviceConfig, DeviceState, Error, GuestStats, HintState, History, HistoryEntry,
-    Runtime, WriteBehind,
+    Device, DeviceConfig, DeviceKind, DeviceState, Error, GuestStats, HintState, History,
+    HistoryEntry, Runtime, WriteBehind,
 };
 use parking_lot::Mutex;
 use std::io;
@@ -157,6 +157,7 @@ impl Vm {
         let device = Device::with_history(
             &self.runtime,
             DeviceConfig {
+                kind: DeviceKind::VirtioBalloon,
                 features: self.offer.features,
                 config_event: Some(config_event),
                 completion_event: None,

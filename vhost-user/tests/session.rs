@@ -9,7 +9,8 @@
 mod common;
 
 use common::frontend::{
-    FIRST_FREE_PFN, Frontend, Guest, MEMORY_BYTES, RING_SIZE, USER_BASE, becomes_readable, request,
+    FIRST_FREE_PFN, Frontend, Guest, MEMORY_BYTES, RING_SIZE, USER_BASE, becomes_readable,
+    packed_base, request,
 };
 use common::{Backend, eventually};
 use serde_json::json;
@@ -168,6 +169,45 @@ fn a_paused_machine_keeps_its_balloon_and_a_new_driver_does_not() {
     assert!(frontend.tell(request::RESET_DEVICE, &[]));
     assert_eq!(control.query()["state"], "configured");
     assert_eq!(control.query()["ballooned-bytes"], 0);
+}
+
+/// Packed rings are stopped and go on anywhere in a lap, also where their base is the number that stands for
+/// a new ring.
+#[test]
+fn a_machine_with_packed_rings_goes_on_where_it_was_stopped() {
+    let directory = tempfile::tempdir().unwrap();
+    let backend = Backend::start_with(directory.path(), 1, &["--features", "default,ring-packed"]);
+    let mut control = backend.control(0);
+    let mut guest = Guest::packed();
+    let mut frontend = Frontend::run(&backend.socket(0), &guest);
+    control.wait_for_state("active");
+    let mut chains = 0;
+    for pages in [1, 62, 1, 30, 34, 100] {
+        for page in 0..pages {
+            let pfn = FIRST_FREE_PFN + page;
+            guest.inflate(pfn..pfn + 1);
+            guest.deflate(pfn..pfn + 1);
+        }
+        guest.inflate(PAGES);
+        chains += u16::try_from(pages).unwrap();
+        let stopped = [packed_base(chains + 1), packed_base(chains), 0x8000_8000];
+        assert_eq!(frontend.stop(&guest), stopped);
+        frontend.start(&guest);
+        assert_eq!(control.query()["ballooned-bytes"], PAGES_BYTES);
+        guest.deflate(PAGES);
+        chains += 1;
+        assert_eq!(control.query()["ballooned-bytes"], 0);
+    }
+    assert_eq!(control.counter("rejected-take-bytes"), 0);
+
+    // A new driver's rings are new, though they say base 0 as a ring does that is one lap old.
+    guest.inflate(PAGES);
+    frontend.stop(&guest);
+    guest.reset_driver();
+    frontend.start(&guest);
+    assert_eq!(control.query()["ballooned-bytes"], 0);
+    guest.inflate(PAGES);
+    assert_eq!(control.query()["ballooned-bytes"], PAGES_BYTES);
 }
 
 #[test]

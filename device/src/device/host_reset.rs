@@ -1,5 +1,5 @@
-//! The host gives all ballooned pages back to the guest at once (requirement V3;
-//! docs/virtio-balloon-extensions.md, HOST_RESET).
+//! The host gives all ballooned pages back to the guest at once (requirement V3). How the guest hears of
+//! it, and acknowledges it, is the protocol's.
 //!
 //! Invariant I1: the balloon is emptied under the service lock, so nothing is in flight, and what comes
 //! in afterwards is late until the driver has acknowledged the reset: it is not looked at, let alone
@@ -10,7 +10,6 @@ use super::{Device, DeviceState};
 use crate::balloon::bump;
 use crate::error::{Error, Result};
 use crate::history::HistoryEvent;
-use crate::protocol::virtio_balloon::Features;
 
 impl Device {
     /// Gives all pages of the balloon back to the guest, which frees them without telling the device
@@ -21,7 +20,8 @@ impl Device {
     /// before the last reset is acknowledged.
     ///
     /// # Errors
-    /// HOST_RESET has to be negotiated and the device active or paused.
+    /// The driver has to understand it (HOST_RESET, where features are negotiated), and the device to be
+    /// active or paused.
     pub fn reset_balloon(&self) -> Result<()> {
         let mut service = self.shared.service.lock();
         match service.state {
@@ -30,9 +30,7 @@ impl Device {
             DeviceState::Active | DeviceState::Paused => {}
         }
         let (features, _) = service.ready()?;
-        if !features.contains(Features::HOST_RESET) {
-            return Err(Error::NotSupported("HOST_RESET"));
-        }
+        self.shared.protocol.check_host_reset(features)?;
         if let Some(balloon) = &mut service.balloon {
             balloon.reset_by_host(&self.shared.books);
         }
@@ -40,17 +38,17 @@ impl Device {
         self.shared
             .books
             .enter(|entry| bump(&mut entry.device().host_resets, 1));
-        self.shared.config.ask_for_reset();
+        self.shared.protocol.ask_for_host_reset();
         self.shared.show(&service);
         self.shared.record(HistoryEvent::BalloonReset);
         drop(service);
-        self.shared.signal_config();
+        self.shared.announce_target();
         Ok(())
     }
 
     /// Whether the driver has not acknowledged the last [`Self::reset_balloon`].
     #[must_use]
     pub fn reset_pending(&self) -> bool {
-        self.shared.config.reset_pending()
+        self.shared.protocol.host_reset_pending()
     }
 }

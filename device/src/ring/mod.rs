@@ -26,6 +26,31 @@ pub(crate) struct RingFeatures {
     pub(crate) packed: bool,
     pub(crate) indirect: bool,
     pub(crate) event_idx: bool,
+    /// One used entry stands for a batch of buffers, where it may (2.7.9, 2.8.9).
+    pub(crate) in_order: bool,
+}
+
+impl RingFeatures {
+    /// What the selected feature bits say, which are the same for all devices (virtio 6).
+    pub(crate) fn negotiated(features: u64) -> Self {
+        let has = |bit: u32| features >> bit & 1 == 1;
+        Self {
+            packed: has(34),
+            indirect: has(28),
+            event_idx: has(29),
+            in_order: has(35),
+        }
+    }
+}
+
+/// The mark in a ring's tokens that a later chain may share this one's used entry (IN_ORDER). Where
+/// something could be written none may: what an entry skips is assumed to be written in full.
+const SHARES_ENTRY: u64 = 1 << 32;
+
+/// The token of `chain`, of which the lower bits say what names it.
+fn token(name: u64, chain: &Chain, features: RingFeatures) -> u64 {
+    let shares = features.in_order && chain.writable_bytes() == 0;
+    name | if shares { SHARES_ENTRY } else { 0 }
 }
 
 /// A ring that can no longer be served: its own structure is broken.

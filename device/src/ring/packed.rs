@@ -95,7 +95,9 @@ pub(crate) struct PackedRing {
     next_avail: Place,
     next_used: Place,
     /// Where the first completion lies that is not published, its flags, and the place behind the last.
-    unpublished: Option<(u16, u16, Place)>,
+    unpublished: Option<(Place, u16, Place)>,
+    /// Where the last of them was written, if later buffers may share it (IN_ORDER).
+    batch: Option<Place>,
     /// The used slot at the last notification; `None` after a wrap, and at first: then it is told.
     notified_at: Option<u16>,
     places: [Gpa; 3],
@@ -143,6 +145,7 @@ impl PackedRing {
             next_avail: place("next_avail", position.next_avail)?,
             next_used: place("next_used", position.next_used)?,
             unpublished: None,
+            batch: None,
             notified_at: None,
             places,
         })
@@ -212,7 +215,8 @@ impl PackedRing {
             place = place.forward(1, self.size);
             if flags & DESC_F_NEXT == 0 {
                 chain.finish();
-                chain.token = u64::from(id) | u64::from(count) << 16;
+                let name = u64::from(id) | u64::from(count) << 16;
+                chain.token = super::token(name, chain, self.features);
                 self.next_avail = place;
                 return Ok(true);
             }
@@ -261,9 +265,10 @@ impl PackedRing {
 
     /// Completes a chain; the guest sees it after [`Self::publish`].
     pub(crate) fn complete(&mut self, token: u64, written: u32) {
-        let place = self
+        let behind = self
             .unpublished
             .map_or(self.next_used, |(_, _, behind)| behind);
+        let place = self.batch.take().unwrap_or(behind);
         let at = Self::offset(place.slot);
         self.desc.store_u32(at + DESC_LEN, written);
         self.desc.store_u16(at + DESC_ID, buffer_id(token));
@@ -275,16 +280,19 @@ impl PackedRing {
         if written > 0 {
             flags |= DESC_F_WRITE;
         }
-        let behind = place.forward(descriptors(token), self.size);
+        let behind = behind.forward(descriptors(token), self.size);
         self.unpublished = match self.unpublished {
             // The driver looks at the used descriptors in order: the first one's flags, written
             // last, show the whole batch at once.
-            None => Some((place.slot, flags, behind)),
-            Some((first, first_flags, _)) => {
+            Some((first, first_flags, _)) if first != place => {
                 self.desc.store_u16_release(at + DESC_FLAGS, flags);
                 Some((first, first_flags, behind))
             }
+            _ => Some((place, flags, behind)),
         };
+        if token & super::SHARES_ENTRY != 0 {
+            self.batch = Some(place);
+        }
     }
 
     /// Shows all completed chains to the guest at once. Returns whether it wants to be told.
@@ -292,8 +300,9 @@ impl PackedRing {
         let Some((first, flags, behind)) = self.unpublished.take() else {
             return false;
         };
+        self.batch = None;
         self.desc
-            .store_u16_release(Self::offset(first) + DESC_FLAGS, flags);
+            .store_u16_release(Self::offset(first.slot) + DESC_FLAGS, flags);
         if behind.wrap != self.next_used.wrap {
             self.notified_at = None;
         }
@@ -346,13 +355,13 @@ fn parse(bytes: [u8; DESC_BYTES]) -> (Gpa, u32, u16) {
     )
 }
 
-/// A token is the buffer id with the number of descriptors above it.
+/// A token is the buffer id with the number of descriptors above it, and the mark of [`super::token`].
 fn buffer_id(token: u64) -> u16 {
     u16::try_from(token & 0xffff).unwrap_or(0)
 }
 
 fn descriptors(token: u64) -> u16 {
-    u16::try_from(token >> 16).unwrap_or(0)
+    u16::try_from(token >> 16 & 0xffff).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -13,6 +13,11 @@ const PLAIN: RingFeatures = RingFeatures {
     packed: true,
     indirect: false,
     event_idx: false,
+    in_order: false,
+};
+const IN_ORDER: RingFeatures = RingFeatures {
+    in_order: true,
+    ..PLAIN
 };
 const INDIRECT: RingFeatures = RingFeatures {
     indirect: true,
@@ -243,6 +248,34 @@ fn flags_and_offsets_suppress_in_both_directions() {
         let chain = pop(&mut ring, &driver).unwrap().unwrap();
         ring.complete(chain.token, 0);
         assert_eq!(ring.publish(), told, "flags {flags}, offset {offset:#x}");
+    }
+}
+
+/// 2.8.9: one used descriptor for the last buffer of a batch, in the place of the first; all slots of the
+/// batch are skipped, across the wrap too. A buffer of which something could be written is skipped by none.
+#[test]
+fn a_batch_in_order_is_one_descriptor_unless_something_could_be_written() {
+    let mut driver = Driver::new(8);
+    let mut ring = driver.ring(IN_ORDER);
+    for lap in 0..5u16 {
+        // Six slots a batch, so that it begins elsewhere each time.
+        let ids = [3 * lap, 3 * lap + 1, 3 * lap + 2];
+        for (id, flags) in ids.into_iter().zip([0, DESC_F_WRITE, 0]) {
+            driver.offer(id, 2, flags);
+        }
+        for written in [0, 5, 0] {
+            let chain = pop(&mut ring, &driver).unwrap().unwrap();
+            ring.complete(chain.token, written);
+        }
+        let first = driver.used;
+        assert!(driver.collect(4).is_none(), "nothing is shown yet");
+        ring.publish();
+        let at = DESC + 16 * u64::from(first.slot);
+        let flags = driver.get_u16(at + 14);
+        assert_ne!(flags & DESC_F_WRITE, 0, "the last one's length is meant");
+        assert_eq!(driver.collect(4), Some((ids[1], 5)), "lap {lap}");
+        assert_eq!(driver.collect(2), Some((ids[2], 0)), "lap {lap}");
+        assert!(driver.collect(1).is_none());
     }
 }
 

@@ -34,6 +34,8 @@ pub(crate) struct SplitRing {
     features: RingFeatures,
     /// Entries written to the used ring that its index does not show yet.
     unpublished: u16,
+    /// Where among them the last entry was written, if later buffers may share it (IN_ORDER).
+    batch: Option<u16>,
     /// The used index the guest was last asked about, to know whether it wants to be told (2.7.7).
     /// `None` until the first time: then it is told in any case.
     notified_at: Option<u16>,
@@ -113,6 +115,7 @@ impl SplitRing {
             position,
             features,
             unpublished: 0,
+            batch: None,
             notified_at: None,
         })
     }
@@ -151,7 +154,7 @@ impl SplitRing {
             .avail
             .load_u16(RING_ENTRIES + 2 * self.slot(self.position.next_avail));
         self.walk(memory, head, chain)?;
-        chain.token = u64::from(head);
+        chain.token = super::token(u64::from(head), chain, self.features);
         self.position.next_avail = self.position.next_avail.wrapping_add(1);
         Ok(true)
     }
@@ -225,13 +228,17 @@ impl SplitRing {
     }
 
     /// Completes a chain; the guest sees it after [`Self::publish`].
-    pub(crate) fn complete(&mut self, head: u64, written: u32) {
-        let slot = self.slot(self.position.next_used.wrapping_add(self.unpublished));
+    pub(crate) fn complete(&mut self, token: u64, written: u32) {
+        let place = self.batch.take().unwrap_or(self.unpublished);
+        let slot = self.slot(self.position.next_used.wrapping_add(place));
         let offset = RING_ENTRIES + USED_ENTRY_BYTES * slot;
-        self.used
-            .store_u32(offset, u32::try_from(head).unwrap_or(u32::MAX));
+        let head = u32::try_from(token & u64::from(u16::MAX)).unwrap_or(u32::MAX);
+        self.used.store_u32(offset, head);
         self.used.store_u32(offset + 4, written);
         self.unpublished = self.unpublished.wrapping_add(1);
+        if token & super::SHARES_ENTRY != 0 {
+            self.batch = Some(place);
+        }
     }
 
     /// Shows all completed chains to the guest at once. Returns whether it wants to be told.
@@ -241,6 +248,7 @@ impl SplitRing {
         }
         self.position.next_used = self.position.next_used.wrapping_add(self.unpublished);
         self.unpublished = 0;
+        self.batch = None;
         self.used
             .store_u16_release(RING_INDEX, self.position.next_used);
         // The guest writes its wish, then looks at the index; we write the index, then look at the

@@ -66,11 +66,13 @@ const INDIRECT: RingFeatures = RingFeatures {
     packed: false,
     indirect: true,
     event_idx: false,
+    in_order: false,
 };
 const EVENT_IDX: RingFeatures = RingFeatures {
     packed: false,
     indirect: false,
     event_idx: true,
+    in_order: false,
 };
 
 fn pop(ring: &mut SplitRing, driver: &Driver) -> Result<Option<Chain>, RingError> {
@@ -341,4 +343,47 @@ fn bad_places_are_refused() {
     assert_eq!(refused(SIZE, [DESC, AVAIL, USED + 2]), libc::EADDRNOTAVAIL);
     assert_eq!(refused(SIZE, [0xffff0, AVAIL, USED]), libc::ERANGE);
     assert_eq!(refused(SIZE, [DESC, AVAIL, 0xfff8]), libc::ERANGE);
+}
+
+/// 2.7.9: one entry for the last buffer of a batch, in the place of the first; the index counts all. A
+/// buffer of which something could be written is skipped by no entry.
+#[test]
+fn a_batch_in_order_is_one_entry_unless_something_could_be_written() {
+    let driver = Driver::new();
+    let features = RingFeatures {
+        in_order: true,
+        ..EVENT_IDX
+    };
+    let mut ring = driver.ring(features);
+    let entry = |slot: u64| {
+        let at = USED + 4 + 8 * slot;
+        (driver.get_u16(at), driver.get_u16(at + 4))
+    };
+    // Readable ones, but for the fourth.
+    for head in 0..6 {
+        let flags = if head == 3 { DESC_F_WRITE } else { 0 };
+        driver.desc(DESC, head, 0x5000, 4, flags, 0);
+        driver.offer(head, head, head + 1);
+    }
+    for written in [0, 0, 0, 2, 0, 0] {
+        let chain = pop(&mut ring, &driver).unwrap().unwrap();
+        ring.complete(chain.token, written);
+    }
+    assert_eq!(driver.get_u16(USED + 2), 0, "nothing is shown yet");
+    assert!(ring.publish());
+    assert_eq!(driver.get_u16(USED + 2), 6);
+    // Buffers 0 to 3 in the entry of the first, 4 and 5 in that of the fifth.
+    assert_eq!(entry(0), (3, 2));
+    assert_eq!(entry(4), (5, 0));
+    assert_eq!(
+        [1, 2, 3, 5].map(entry),
+        [(0, 0); 4],
+        "no other entry is written"
+    );
+    // The next batch begins behind all of this one.
+    driver.offer(6, 0, 7);
+    let chain = pop(&mut ring, &driver).unwrap().unwrap();
+    ring.complete(chain.token, 0);
+    ring.publish();
+    assert_eq!((driver.get_u16(USED + 2), entry(6)), (7, (0, 0)));
 }

@@ -1,17 +1,17 @@
 //! Elements, which the VMM pops from its own virtqueues: their way to the queues and back.
 
-use super::{Queue, Service, Shared};
+use super::{Service, Shared};
 use crate::error::{Error, Result};
-use crate::protocol::virtio_balloon::QUEUES;
 use crate::ring::source::{Completion, Element, Source};
-use crate::runtime::Scratch;
+use crate::runtime::{Scratch, Servable};
 use std::sync::atomic::Ordering;
 
 /// The most elements that may wait for a device. VMMs have at most a queue's worth outstanding.
 const MAX_WAITING_ELEMENTS: usize = 1 << 16;
 
 impl Shared {
-    pub(crate) fn submit(&self, elements: Vec<Element>) -> Result<()> {
+    /// `here` has the calling thread serve one turn, unless a worker is with the device.
+    pub(crate) fn submit(&self, elements: Vec<Element>, here: bool) -> Result<()> {
         let count = elements.len();
         let waiting = self.outstanding.fetch_add(count, Ordering::AcqRel);
         if waiting + count > MAX_WAITING_ELEMENTS {
@@ -24,9 +24,13 @@ impl Shared {
             // The receiver is ours: the channel is open.
             let _ = self.submitted.0.send(element);
         }
-        if self.wake(queues & ((1 << QUEUES) - 1))
-            && let Some(this) = self.this.upgrade()
-        {
+        let count = self.protocol.kind().queues();
+        // Whoever is woken has the device; what one turn here leaves is for a worker.
+        let mut left = self.wake(queues & ((1 << count) - 1));
+        if left && here {
+            left = self.serve(&mut Scratch::default());
+        }
+        if left && let Some(this) = self.this.upgrade() {
             self.pool.submit(self.home.load(Ordering::Relaxed), this);
         }
         Ok(())
@@ -36,13 +40,8 @@ impl Shared {
     pub(super) fn accept_elements(&self, service: &mut Service) {
         let mut unwanted = false;
         while let Ok(element) = self.submitted.1.try_recv() {
-            match service.queue(element.queue) {
-                Some(Queue {
-                    source: Source::Elements(queue),
-                    ..
-                }) => {
-                    queue.waiting.push_back(element);
-                }
+            match service.queues.source(element.queue) {
+                Some(Source::Elements(queue)) => queue.waiting.push_back(element),
                 _ => {
                     let Element { token, queue, .. } = element;
                     let back = Completion {
@@ -65,17 +64,11 @@ impl Shared {
     pub(crate) fn finish_elements(&self, service: &mut Service) {
         self.accept_elements(service);
         let mut scratch = Scratch::default();
-        let waiting = |service: &Service| {
-            let queues = service.queues.iter().flatten();
-            queues
-                .map(|queue| queue.source.waiting_elements())
-                .sum::<usize>()
-        };
-        let mut left = waiting(service);
+        let mut left = service.queues.waiting_elements();
         while left > 0 {
             // Element queues cannot break. Elements of a queue without a role stay for the reset.
-            let _ = service.run(service.element_queues(), self, &mut scratch);
-            let before = std::mem::replace(&mut left, waiting(service));
+            let _ = service.run(service.queues.of_elements(), self, &mut scratch);
+            let before = std::mem::replace(&mut left, service.queues.waiting_elements());
             if left == before {
                 break;
             }

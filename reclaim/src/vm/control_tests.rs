@@ -6,6 +6,14 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use std::{
+    io::{Read, Write},
+    path::Path,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
 use super::*;
 
 const GREETING: &str = r#"{"QMP":{"version":{"aerostat":"0"},"capabilities":[]}}"#;
@@ -112,7 +120,7 @@ fn a_refusal_carries_socket_command_and_reason() {
     with_peer(answers, LONG, |client| {
         let error = client.set_target(1).unwrap_err();
         let text = error.to_string();
-        assert!(matches!(error, ControlError::Refused { .. }));
+        assert!(matches!(error, VmError::Refused { .. }));
         assert!(
             text.contains("control") && text.contains("no guest"),
             "{text}"
@@ -125,8 +133,8 @@ fn a_refusal_carries_socket_command_and_reason() {
 #[test]
 fn an_answer_that_does_not_come_breaks_the_conversation() {
     with_peer(vec![], SHORT, |client| {
-        assert!(matches!(client.query(), Err(ControlError::Timeout { .. })));
-        assert!(matches!(client.query(), Err(ControlError::Broken { .. })));
+        assert!(matches!(client.query(), Err(VmError::Timeout { .. })));
+        assert!(matches!(client.query(), Err(VmError::Broken { .. })));
     });
 }
 
@@ -155,10 +163,7 @@ fn an_answer_in_pieces_is_put_together() {
 #[test]
 fn a_peer_that_talks_nonsense_or_leaves_is_an_error() {
     with_peer(vec!["][\n"], LONG, |client| {
-        assert!(matches!(
-            client.query(),
-            Err(ControlError::Malformed { .. })
-        ));
+        assert!(matches!(client.query(), Err(VmError::Malformed { .. })));
     });
 
     let dir = tempfile::tempdir().unwrap();
@@ -166,14 +171,14 @@ fn a_peer_that_talks_nonsense_or_leaves_is_an_error() {
     let listener = UnixListener::bind(&path).unwrap();
     let peer = thread::spawn(move || drop(listener.accept().unwrap()));
     let error = ControlClient::connect(&path, LONG).unwrap_err();
-    assert!(matches!(error, ControlError::Closed { .. }), "{error}");
+    assert!(matches!(error, VmError::Closed { .. }), "{error}");
     peer.join().unwrap();
 
     let error = ControlClient::connect(&dir.path().join("absent"), LONG).unwrap_err();
     assert!(
         matches!(
             error,
-            ControlError::Io {
+            VmError::Io {
                 action: "connect",
                 ..
             }

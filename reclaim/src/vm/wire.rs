@@ -177,6 +177,10 @@ pub struct GuestStats {
 }
 
 impl GuestStats {
+    pub(super) fn new(stats: BTreeMap<String, u64>, last_update: u64) -> Self {
+        Self { stats, last_update }
+    }
+
     /// The value of one statistic by its name on the wire, for example `stat-free-memory`.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<u64> {

@@ -1,7 +1,7 @@
 //! The configuration space: any access, against a model of twenty-four bytes.
 
 use crate::guest::Guest;
-use aerostat_device::{Device, DeviceConfig, Runtime};
+use aerostat_device::{Device, DeviceConfig, DeviceKind, Runtime};
 use arbitrary::{Arbitrary, Unstructured};
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -13,7 +13,8 @@ thread_local! {
 
 const PAGE_POISON: u64 = 1 << 4;
 const HOST_RESET: u64 = 1 << 51;
-const SPACE: usize = Device::HOST_RESET_CONFIG_BYTES;
+const KIND: DeviceKind = DeviceKind::VirtioBalloon;
+const SPACE: usize = KIND.config_bytes(HOST_RESET);
 
 #[derive(Arbitrary, Debug)]
 enum Access {
@@ -44,7 +45,7 @@ pub fn run(bytes: &[u8]) {
         (Arc::clone(runtime), guest.table(u8::MAX, false))
     });
     let config = DeviceConfig {
-        features: Device::SUPPORTED_FEATURES,
+        features: KIND.supported_features(),
         ..DeviceConfig::default()
     };
     let device = Device::new(&runtime, config).expect("a device");

@@ -9,8 +9,8 @@ use crate::oracle::{Oracle, Terms};
 use crate::script::{Layout, Pace, Script, Step};
 use aerostat_device::memory::Gpa;
 use aerostat_device::{
-    Counters, Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig, Runtime,
-    WriteBehind,
+    Counters, Device, DeviceConfig, DeviceKind, DeviceState, QueueConfig, QueuePosition,
+    RingConfig, Runtime, WriteBehind,
 };
 use arbitrary::{Arbitrary, Unstructured};
 use rustix::event::{EventfdFlags, eventfd};
@@ -20,7 +20,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-const QUEUES: u16 = Device::MAX_QUEUES;
+const KIND: DeviceKind = DeviceKind::VirtioBalloon;
+const QUEUES: u16 = KIND.queues();
 /// The pinned region's bit.
 const PINNED_REGION: u8 = 1 << 4;
 /// Turns after which a device that still has work is one that never ends. A script makes at most a few
@@ -143,7 +144,8 @@ impl Host {
     /// A device with memory, before anything is negotiated.
     fn device(&self, regions: u8, pinned: bool, write_behind: WriteBehind) -> Device {
         let config = DeviceConfig {
-            features: Device::SUPPORTED_FEATURES,
+            kind: KIND,
+            features: KIND.supported_features(),
             config_event: None,
             completion_event: None,
         };

@@ -56,7 +56,7 @@ struct FeatureBits(u64);
 impl<'a> Arbitrary<'a> for FeatureBits {
     fn arbitrary(input: &mut Unstructured<'a>) -> Result<Self> {
         let bits: u64 = input.arbitrary()?;
-        let known = aerostat_device::Device::SUPPORTED_FEATURES;
+        let known = aerostat_device::DeviceKind::VirtioBalloon.supported_features();
         let anything = input.ratio(1u8, 16u8)?;
         Ok(Self(if anything { bits } else { bits & known }))
     }
@@ -96,7 +96,9 @@ impl Fields {
     fn bytes(&self) -> Vec<u8> {
         let mut bytes = b"AEROSTAT".to_vec();
         let rare = |byte: u8| u32::from(byte) * u32::from(byte >= 0xf0);
-        bytes.extend((1 + rare(self.version)).to_le_bytes());
+        let newest = self.version % 2 == 1;
+        let version = 1 + u32::from(newest) + rare(self.version);
+        bytes.extend(version.to_le_bytes());
         bytes.extend(u32::from(self.state % 5).to_le_bytes());
         bytes.extend(0u64.to_le_bytes());
         // Selected features that were not offered are seldom worth a try.
@@ -114,8 +116,20 @@ impl Fields {
             u32::from(self.flags & 3)
         };
         bytes.extend(flags.to_le_bytes());
-        bytes.extend(self.words.iter().flat_map(|word| word.to_le_bytes()));
-        bytes.extend((5 + rare(self.queue_count)).to_le_bytes());
+        let [target, own @ ..] = self.words;
+        let own: Vec<u8> = own.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let queue_count = 5 + rare(self.queue_count);
+        if newest {
+            // The protocol, the target, the queues, the protocol's own part.
+            bytes.extend((rare(self.state) % 4).to_le_bytes());
+            bytes.extend((u64::from(target) << 12).to_le_bytes());
+            bytes.extend(queue_count.to_le_bytes());
+            bytes.extend((20 + rare(self.flags)).to_le_bytes());
+        } else {
+            bytes.extend(target.to_le_bytes());
+            bytes.extend(&own);
+            bytes.extend(queue_count.to_le_bytes());
+        }
         for (kind, avail, used, zero) in self.queues {
             let kind = u16::from(kind % 4);
             let ring = u16::from(kind == 1 || zero >= 0xf0);
@@ -124,6 +138,9 @@ impl Fields {
             let zero = u16::from(zero) * u16::from(zero >= 0xf0);
             let entry = [kind, avail * ring, used * ring, zero];
             bytes.extend(entry.iter().flat_map(|half| half.to_le_bytes()));
+        }
+        if newest {
+            bytes.extend(&own);
         }
         let mut end = 0;
         for (gap, pages) in &self.runs.0 {

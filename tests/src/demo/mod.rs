@@ -27,7 +27,7 @@ use crate::{
     guest::{GuestError, Prerequisites},
     vmm::VmmError,
 };
-use aerostat_reclaim::vm::ControlError;
+use aerostat_reclaim::vm::VmError;
 use guest::DemoGuest;
 use options::{GuestKind, Options};
 
@@ -42,7 +42,7 @@ pub enum DemoError {
     Backend(#[from] BackendError),
     /// The control socket failed.
     #[error("the control of the device failed")]
-    Control(#[from] ControlError),
+    Control(#[from] VmError),
     /// The sizes asked for do not fit together.
     #[error("{0}")]
     Sizes(String),

@@ -1,6 +1,6 @@
 //! The guest's balloon driver as its sysfs and procfs show it.
 
-use super::{GuestError, UmlGuest};
+use super::{GuestError, Shell};
 
 const DEVICES: &str = "/sys/bus/virtio/devices";
 const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_balloon";
@@ -22,7 +22,7 @@ impl BalloonPages {
     }
 }
 
-impl UmlGuest {
+impl Shell {
     /// Names of the devices that the driver is bound to, for example `virtio0`.
     ///
     /// # Errors

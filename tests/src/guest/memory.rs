@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{GuestError, UmlGuest};
+use super::{GuestError, Shell};
 
 /// Filling and hashing run at some hundred MiB a second; a busy machine is slower.
 const BULK_TIMEOUT: Duration = Duration::from_secs(180);
@@ -52,7 +52,7 @@ impl WorkingSet {
     }
 }
 
-impl UmlGuest {
+impl Shell {
     /// The guest's own view of its memory.
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 //! - [`initramfs`]: the guest's file system, built here and kept under `target/`;
 //! - [`launch`]: processes and mounts that end together with the guest;
 //! - [`console`]: commands and answers over the guest's serial line;
+//! - [`shell`]: the same, for tests;
 //! - [`uml`]: the running guest;
 //! - [`memory`], [`driver`]: what tests do inside it.
 
@@ -16,6 +17,7 @@ pub mod initramfs;
 pub mod launch;
 pub mod memory;
 pub mod prerequisites;
+pub mod shell;
 pub mod uml;
 
 use std::{io, path::PathBuf, time::Duration};
@@ -23,6 +25,7 @@ use std::{io, path::PathBuf, time::Duration};
 pub use launch::UmlConfig;
 pub use memory::{GuestMemory, WorkingSet};
 pub use prerequisites::Prerequisites;
+pub use shell::Shell;
 pub use uml::{HostMemoryGauge, UmlGuest};
 
 /// What can go wrong with a guest.
@@ -102,7 +105,7 @@ pub enum GuestError {
     },
     /// The back-end's control socket failed.
     #[error("control of the back-end failed")]
-    Control(#[from] aerostat_reclaim::vm::ControlError),
+    Control(#[from] aerostat_reclaim::vm::VmError),
 }
 
 impl GuestError {

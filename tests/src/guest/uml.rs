@@ -1,6 +1,7 @@
 //! A running guest.
 
 use std::{
+    ops::{Deref, DerefMut},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::Child,
@@ -11,15 +12,8 @@ use std::{
 
 use rustix::fs::{Mode, OFlags};
 
-use super::{
-    GuestError, Prerequisites, UmlConfig,
-    console::{Console, ConsoleLog},
-    initramfs, launch,
-};
+use super::{GuestError, Prerequisites, Shell, UmlConfig, console::Console, initramfs, launch};
 use crate::artifacts;
-
-/// How long an ordinary command may take. User-Mode Linux is slow where it starts processes.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long the host may take to tear the guest's processes down: it frees their memory.
 const END_TIMEOUT: Duration = Duration::from_secs(20);
@@ -39,7 +33,7 @@ pub struct UmlGuest {
 #[derive(Debug)]
 struct Running {
     process: Child,
-    console: Console,
+    shell: Shell,
     host_memory: HostMemoryGauge,
     _ram: tempfile::TempDir,
 }
@@ -74,22 +68,6 @@ impl UmlGuest {
             config: config.clone(),
             running: Running::start(config)?,
         })
-    }
-
-    /// Runs a shell command in the guest and returns what it wrote.
-    ///
-    /// # Errors
-    /// It failed, or took longer than a minute, or the guest ended.
-    pub fn run(&mut self, command: &str) -> Result<String, GuestError> {
-        self.run_within(command, COMMAND_TIMEOUT)
-    }
-
-    /// As [`Self::run`], with another time-out.
-    ///
-    /// # Errors
-    /// As [`Self::run`].
-    pub fn run_within(&mut self, command: &str, patience: Duration) -> Result<String, GuestError> {
-        self.running.console.run(command, patience)
     }
 
     /// Looks at a condition until it is true. `probe` returns whether it is, and a description of
@@ -140,8 +118,9 @@ impl UmlGuest {
     /// # Errors
     /// The guest does not come back in time.
     pub fn reboot(&mut self) -> Result<(), GuestError> {
-        self.running.console.send("reboot -f")?;
+        self.running.shell.console.send("reboot -f")?;
         self.running
+            .shell
             .console
             .wait_until_ready(self.config.boot_timeout)
     }
@@ -151,10 +130,8 @@ impl UmlGuest {
     /// # Errors
     /// As [`Self::boot`].
     pub fn power_cycle(&mut self) -> Result<(), GuestError> {
-        let Running {
-            process, console, ..
-        } = &mut self.running;
-        end(process, console);
+        let Running { process, shell, .. } = &mut self.running;
+        end(process, shell);
         self.running = Running::start(&self.config)?;
         Ok(())
     }
@@ -164,14 +141,14 @@ impl UmlGuest {
     /// # Errors
     /// It did not end in time.
     pub fn power_off(mut self) -> Result<(), GuestError> {
-        self.running.console.send("poweroff -f")?;
-        if self.running.console.wait_for_end(END_TIMEOUT) {
+        self.running.shell.console.send("poweroff -f")?;
+        if self.running.shell.console.wait_for_end(END_TIMEOUT) {
             return Ok(());
         }
         Err(GuestError::Timeout {
             command: "poweroff -f".to_owned(),
             waited: END_TIMEOUT,
-            console: self.running.console.log().tail(),
+            console: self.running.shell.console.log().tail(),
         })
     }
 
@@ -180,16 +157,24 @@ impl UmlGuest {
         matches!(self.running.process.try_wait(), Ok(None))
     }
 
-    /// What the guest's kernel said so far.
-    #[must_use]
-    pub fn console_log(&self) -> &ConsoleLog {
-        self.running.console.log()
-    }
-
     /// What the guest was started with.
     #[must_use]
     pub fn config(&self) -> &UmlConfig {
         &self.config
+    }
+}
+
+impl Deref for UmlGuest {
+    type Target = Shell;
+
+    fn deref(&self) -> &Shell {
+        &self.running.shell
+    }
+}
+
+impl DerefMut for UmlGuest {
+    fn deref_mut(&mut self) -> &mut Shell {
+        &mut self.running.shell
     }
 }
 
@@ -213,19 +198,20 @@ impl Running {
         let (Some(input), Some(output), Some(errors)) = streams else {
             unreachable!("all three streams were asked for");
         };
-        let mut console = Console::new(input, output, errors);
-        let booted = console
+        let mut shell = Shell::new(Console::new(input, output, errors));
+        let booted = shell
+            .console
             .wait_until_ready(config.boot_timeout)
             .and_then(|()| open_mount(&process, ram.path()));
         match booted {
             Ok(host_memory) => Ok(Self {
                 process,
-                console,
+                shell,
                 host_memory,
                 _ram: ram,
             }),
             Err(error) => {
-                end(&mut process, &mut console);
+                end(&mut process, &mut shell);
                 Err(error)
             }
         }
@@ -234,7 +220,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        end(&mut self.process, &mut self.console);
+        end(&mut self.process, &mut self.shell);
     }
 }
 
@@ -253,9 +239,9 @@ fn open_mount(process: &Child, ram: &Path) -> Result<HostMemoryGauge, GuestError
 
 /// Kills the guest. The process known here is the one that made the namespaces; its death takes the
 /// first process inside along, and with that one all others.
-fn end(process: &mut Child, console: &mut Console) {
+fn end(process: &mut Child, shell: &mut Shell) {
     // Failure means that it has ended already.
     let _ = process.kill();
     let _ = process.wait();
-    console.wait_for_end(END_TIMEOUT);
+    shell.console.wait_for_end(END_TIMEOUT);
 }

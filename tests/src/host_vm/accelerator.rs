@@ -13,7 +13,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How QEMU runs the processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Accelerator {
+pub(crate) enum Accelerator {
     /// The host's processors.
     Kvm,
     /// Emulation.
@@ -22,7 +22,7 @@ pub(super) enum Accelerator {
 
 impl Accelerator {
     /// What works here. `AEROSTAT_HOST_VM_ACCEL` (`kvm` or `tcg`) decides without a probe.
-    pub(super) fn find(parts: &HostVmPrerequisites) -> Self {
+    pub(crate) fn find(parts: &HostVmPrerequisites) -> Self {
         match std::env::var("AEROSTAT_HOST_VM_ACCEL").as_deref() {
             Ok("kvm") => return Self::Kvm,
             Ok("tcg") => return Self::Tcg,
@@ -51,7 +51,7 @@ impl Accelerator {
     }
 
     /// QEMU's arguments for it.
-    pub(super) fn arguments(self) -> [(&'static str, &'static str); 2] {
+    pub(crate) fn arguments(self) -> [(&'static str, &'static str); 2] {
         match self {
             Self::Kvm => [("-accel", "kvm"), ("-cpu", "host")],
             // The fifth level of page tables costs time at every miss of the emulated TLB.

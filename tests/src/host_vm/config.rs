@@ -20,6 +20,7 @@ pub struct HostVmConfig {
     nodes: u32,
     swap_mib: u64,
     kernel_arguments: Vec<String>,
+    qemu_arguments: Vec<OsString>,
     pub(super) files: Vec<PathBuf>,
     pub(super) guests: bool,
     pub(super) boot_timeout: Duration,
@@ -43,6 +44,7 @@ impl HostVmConfig {
             nodes: 1,
             swap_mib: 0,
             kernel_arguments: Vec::new(),
+            qemu_arguments: Vec::new(),
             files: Vec::new(),
             guests: false,
             boot_timeout: Duration::from_secs(240),
@@ -109,6 +111,13 @@ impl HostVmConfig {
     #[must_use]
     pub fn kernel_argument(mut self, argument: &str) -> Self {
         self.kernel_arguments.push(argument.to_owned());
+        self
+    }
+
+    /// Adds a word to QEMU's command line.
+    #[must_use]
+    pub fn qemu_argument(mut self, argument: impl Into<OsString>) -> Self {
+        self.qemu_arguments.push(argument.into());
         self
     }
 
@@ -231,6 +240,8 @@ impl HostVmConfig {
             );
             add("-device", "virtio-blk-pci,drive=swap".into());
         }
+        arguments.extend(self.qemu_arguments.iter().cloned());
+        let mut add = |name: &str, value: OsString| arguments.extend([name.into(), value]);
         add("-kernel", parts.kernel.clone().into());
         add("-initrd", initramfs.into());
         add("-append", self.kernel_command_line().into());

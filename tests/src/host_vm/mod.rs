@@ -33,7 +33,7 @@
 //! - `files`: programs and their shared libraries as an initramfs, at the paths they have outside;
 //! - [`vm`]: the running host.
 
-mod accelerator;
+pub(crate) mod accelerator;
 pub mod config;
 mod files;
 pub mod prerequisites;

@@ -38,6 +38,14 @@ impl EventFd {
         unsafe { libc::write(self.raw(), one.as_ptr().cast(), one.len()) };
     }
 
+    /// Fills the counter up: nothing more can be added until it is taken.
+    pub fn fill(&self) {
+        self.take();
+        let most = (u64::MAX - 1).to_ne_bytes();
+        // SAFETY: writes 8 bytes from a live array to an open descriptor.
+        unsafe { libc::write(self.raw(), most.as_ptr().cast(), most.len()) };
+    }
+
     /// Takes the counter: how often it was signalled since it was last taken.
     pub fn take(&self) -> u64 {
         let mut count = [0; 8];

@@ -10,6 +10,7 @@ use super::eventfd::EventFd;
 use super::follower::Follower;
 use super::mapping::Backing;
 use super::ram::{GuestRam, RegionSpec};
+use super::settings::Settings;
 use super::vring::{Placement, Vring};
 use super::working_set::WorkingSet;
 use super::{MIB, PAGE_BYTES};
@@ -17,7 +18,7 @@ use aerostat::{
     AEROSTAT_FEATURE_DEFLATE_ON_OOM, AEROSTAT_FEATURE_EVENT_IDX, AEROSTAT_FEATURE_FREE_PAGE_HINT,
     AEROSTAT_FEATURE_INDIRECT_DESC, AEROSTAT_FEATURE_MUST_TELL_HOST,
     AEROSTAT_FEATURE_PAGE_REPORTING, AEROSTAT_FEATURE_STATS_VQ, AEROSTAT_FEATURE_VERSION_1,
-    AEROSTAT_QUEUE_ELEMENT, aerostat_counters, aerostat_queue_config,
+    AEROSTAT_QUEUE_ELEMENT, AEROSTAT_QUEUE_PACKED_START, aerostat_counters, aerostat_queue_config,
 };
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use std::sync::Arc;
@@ -52,6 +53,8 @@ pub struct GuestConfig {
     pub elements: bool,
     /// In which order the guest hands out pages.
     pub order: Order,
+    /// What the test leaves open.
+    pub settings: Settings,
 }
 
 impl GuestConfig {
@@ -84,7 +87,29 @@ impl GuestConfig {
             queue_size: 128,
             elements: false,
             order: Order::Ascending,
+            settings: Settings::chosen(),
         }
+    }
+
+    /// For a test that writes split rings itself, whatever the suites run with.
+    #[must_use]
+    pub fn with_plain_split_rings(mut self) -> Self {
+        self.settings = self.settings.with_plain_split_rings();
+        self
+    }
+
+    /// With the features of the settings, where the library sees rings.
+    fn resolved(&self, runtime: &Runtime) -> Result<Self> {
+        let mut config = self.clone();
+        let rings = config.settings.features();
+        if !config.elements && rings != 0 {
+            if config.offered == 0 {
+                config.offered = Device::new(runtime, 0, -1, -1)?.offered_features()?;
+            }
+            config.offered |= rings;
+            config.selected |= rings;
+        }
+        Ok(config)
     }
 }
 
@@ -123,6 +148,7 @@ impl Vmm {
     /// # Errors
     /// Host or library refuse.
     pub fn assemble(&self, config: &GuestConfig) -> Result<Guest> {
+        let config = &config.resolved(&self.runtime)?;
         let ram = Arc::new(GuestRam::new(config.name, &config.regions)?);
         let config_event = Arc::new(EventFd::new()?);
         let completion_event = Arc::new(EventFd::new()?);
@@ -132,6 +158,7 @@ impl Vmm {
             config_event.raw(),
             completion_event.raw(),
         )?);
+        config.settings.apply(&device)?;
         device.set_memory(&ram)?;
         let (buffers, kernel_end) = buffers_of(config);
         let pfns = ram.pfns().filter(|pfn| pfn * PAGE_BYTES >= kernel_end);
@@ -478,12 +505,17 @@ pub fn queue_index(role: Role, features: u64, numbering: Numbering) -> u32 {
 #[must_use]
 pub fn queue_config(queue: &Vring, elements: bool) -> aerostat_queue_config {
     let placement = queue.placement();
+    let start = if queue.is_packed() {
+        AEROSTAT_QUEUE_PACKED_START
+    } else {
+        0
+    };
     aerostat_queue_config {
         size: size_of_u32::<aerostat_queue_config>(),
         flags: if elements { AEROSTAT_QUEUE_ELEMENT } else { 0 },
         queue_size: placement.size,
-        next_avail: 0,
-        next_used: 0,
+        next_avail: start,
+        next_used: start,
         reserved: 0,
         kick_fd: if elements { -1 } else { queue.kick.raw() },
         call_fd: if elements { -1 } else { queue.call.raw() },

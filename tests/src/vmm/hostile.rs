@@ -1,6 +1,10 @@
 //! A driver that writes anything anywhere: descriptors, ring entries and indices as they are, with
 //! no regard for what a ring is.
 
+mod packed;
+
+pub use packed::{HostilePacked, Left};
+
 use super::driver::Role;
 use super::error::{Result, VmmError};
 use super::eventfd::EventFd;
@@ -37,10 +41,13 @@ impl Hostile {
     /// Takes the queue of `role` over from the guest's driver, which must not use it any more.
     ///
     /// # Errors
-    /// There is no such queue.
+    /// There is no such queue, or its ring is a packed one.
     pub fn new(guest: &Guest, role: Role) -> Result<Self> {
         let mut driver = guest.driver();
         let queue = driver.queue(role)?;
+        if queue.is_packed() {
+            return Err(VmmError::Absent("split ring"));
+        }
         let placement = queue.placement();
         Ok(Self {
             ram: Arc::clone(guest.ram()),

@@ -43,6 +43,7 @@ impl Guest {
         let events = [self.config_event.raw(), self.completion_event.raw()];
         let [config, completion] = events;
         let device = Device::new(vmm.runtime(), self.config().offered, config, completion)?;
+        self.config().settings.apply(&device)?;
         device.set_memory(self.ram())?;
         Ok(device)
     }

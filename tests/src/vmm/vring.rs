@@ -1,12 +1,21 @@
-//! The driver's half of a split virtqueue in guest memory (virtio 1.4, 2.7).
+//! The driver's half of a virtqueue in guest memory (virtio 1.4, 2.7 and 2.8), of either layout.
 //!
 //! It does what Linux's virtio_ring does: buffers of more than one piece go into an indirect table
 //! if that was negotiated, kicks and interrupts are suppressed by flag or event index, and waiting
-//! means to sleep until the interrupt.
+//! means to sleep until the interrupt. With IN_ORDER it takes a used entry for all the buffers that it
+//! stands for.
+
+mod packed;
+mod split;
 
 use super::error::{Result, VmmError};
 use super::eventfd::EventFd;
 use super::ram::GuestRam;
+use aerostat::{
+    AEROSTAT_FEATURE_EVENT_IDX, AEROSTAT_FEATURE_IN_ORDER, AEROSTAT_FEATURE_INDIRECT_DESC,
+    AEROSTAT_FEATURE_RING_PACKED,
+};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
@@ -17,18 +26,21 @@ pub const DESC_F_NEXT: u16 = 1;
 pub const DESC_F_WRITE: u16 = 2;
 /// The buffer is a table of descriptors.
 pub const DESC_F_INDIRECT: u16 = 4;
-const USED_F_NO_NOTIFY: u16 = 1;
+/// Packed rings: a descriptor is available: equal to the lap's wrap counter.
+pub const DESC_F_AVAIL: u16 = 1 << 7;
+/// Packed rings: a descriptor is used: equal to the lap's wrap counter.
+pub const DESC_F_USED: u16 = 1 << 15;
 
 /// Where a queue lies in guest memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Placement {
     /// The number of descriptors.
     pub size: u16,
-    /// The descriptor table.
+    /// The descriptor table; the descriptor ring of the packed layout.
     pub desc: u64,
-    /// The available ring.
+    /// The available ring; the driver's event area of the packed layout.
     pub avail: u64,
-    /// The used ring.
+    /// The used ring; the device's event area of the packed layout.
     pub used: u64,
     /// Room for indirect tables: [`MAX_INDIRECT`] entries for each of the `size` heads.
     pub tables: u64,
@@ -116,24 +128,51 @@ pub struct Used {
     pub written: u32,
 }
 
+/// A buffer that is with the device.
+#[derive(Debug)]
+struct Outstanding {
+    head: u16,
+    /// The descriptors that it takes in the ring.
+    slots: Vec<u16>,
+    /// How much of it the device may write.
+    writable_bytes: u32,
+}
+
+/// The two layouts.
+#[derive(Debug)]
+enum Layout {
+    Split(split::Split),
+    Packed(packed::Packed),
+}
+
+/// Calls the same method of whichever layout it is.
+macro_rules! either {
+    ($ring:expr, $inner:ident => $call:expr) => {
+        match $ring {
+            Layout::Split($inner) => $call,
+            Layout::Packed($inner) => $call,
+        }
+    };
+}
+
 /// One queue, as its driver sees it.
 #[derive(Debug)]
 pub struct Vring {
     placement: Placement,
-    event_idx: bool,
+    layout: Layout,
     indirect: bool,
+    in_order: bool,
     /// Signalled by the driver.
     pub kick: Arc<EventFd>,
     /// Signalled by the device.
     pub call: Arc<EventFd>,
-    free: Vec<u16>,
-    /// The descriptors of each outstanding head.
-    outstanding: Vec<(u16, Vec<u16>)>,
-    next_avail: u16,
-    kicked_at: u16,
-    next_used: u16,
+    outstanding: VecDeque<Outstanding>,
+    /// Buffers that came back with a later one, and were not taken yet (IN_ORDER).
+    skipped: VecDeque<Used>,
     /// Kicks made and kicks that the device did not want.
     pub kicks: (u64, u64),
+    /// Used entries that the device wrote.
+    pub used_entries: u64,
 }
 
 impl Vring {
@@ -146,18 +185,23 @@ impl Vring {
         for word in 0..words {
             ram.write(placement.desc + 8 * word, &[0; 8]);
         }
+        let event_idx = features & AEROSTAT_FEATURE_EVENT_IDX != 0;
+        let layout = if features & AEROSTAT_FEATURE_RING_PACKED == 0 {
+            Layout::Split(split::Split::new(placement, event_idx))
+        } else {
+            Layout::Packed(packed::Packed::new(placement, event_idx))
+        };
         Ok(Self {
             placement,
-            event_idx: features & aerostat::AEROSTAT_FEATURE_EVENT_IDX != 0,
-            indirect: features & aerostat::AEROSTAT_FEATURE_INDIRECT_DESC != 0,
+            layout,
+            indirect: features & AEROSTAT_FEATURE_INDIRECT_DESC != 0,
+            in_order: features & AEROSTAT_FEATURE_IN_ORDER != 0,
             kick: Arc::new(EventFd::new()?),
             call: Arc::new(EventFd::new()?),
-            free: (0..placement.size).rev().collect(),
-            outstanding: Vec::new(),
-            next_avail: 0,
-            kicked_at: 0,
-            next_used: 0,
+            outstanding: VecDeque::new(),
+            skipped: VecDeque::new(),
             kicks: (0, 0),
+            used_entries: 0,
         })
     }
 
@@ -167,68 +211,40 @@ impl Vring {
         self.placement
     }
 
+    /// Whether it has the packed layout.
+    #[must_use]
+    pub fn is_packed(&self) -> bool {
+        matches!(self.layout, Layout::Packed(_))
+    }
+
     /// How many buffers are with the device.
     #[must_use]
     pub fn outstanding(&self) -> usize {
         self.outstanding.len()
     }
 
-    /// Makes a buffer available without a kick; returns its head.
+    /// Makes a buffer available without a kick; returns its head (the buffer id of the packed layout).
     ///
     /// # Errors
     /// There are not enough descriptors left.
     pub fn add(&mut self, ram: &GuestRam, pieces: &[Piece]) -> Result<u16> {
         let indirect = self.indirect && pieces.len() > 1 && pieces.len() as u64 <= MAX_INDIRECT;
-        let needed = if indirect { 1 } else { pieces.len() };
-        if needed > self.free.len() || needed == 0 {
-            return Err(VmmError::NoMemory("descriptors"));
-        }
-        let taken = self.free.split_off(self.free.len() - needed);
-        let head = taken.first().copied().unwrap_or_default();
-        if indirect {
-            let table = self.placement.tables + DESC_BYTES * MAX_INDIRECT * u64::from(head);
-            for (piece, index) in pieces.iter().zip(0u16..) {
-                let last = usize::from(index) + 1 == pieces.len();
-                let next = (!last).then_some(index + 1);
-                write_descriptor(ram, table, index, piece, next);
-            }
-            let len = u32::try_from(DESC_BYTES * pieces.len() as u64).unwrap_or(0);
-            put_descriptor(
-                ram,
-                self.placement.desc,
-                head,
-                table,
-                len,
-                DESC_F_INDIRECT,
-                0,
-            );
-        } else {
-            for (position, piece) in pieces.iter().enumerate() {
-                let index = taken.get(position).copied().unwrap_or_default();
-                let next = taken.get(position + 1).copied();
-                write_descriptor(ram, self.placement.desc, index, piece, next);
-            }
-        }
-        self.outstanding.push((head, taken));
-        let entry = self.placement.avail_entry(self.next_avail);
-        ram.store_u16(entry, head);
-        self.next_avail = self.next_avail.wrapping_add(1);
-        ram.store_u16(self.placement.avail_index(), self.next_avail);
+        let added = either!(&mut self.layout, ring => ring.add(ram, pieces, indirect));
+        let (head, slots) = added.ok_or(VmmError::NoMemory("descriptors"))?;
+        let writable = pieces.iter().filter(|piece| piece.writable);
+        let writable_bytes = writable.fold(0, |sum: u32, piece| sum.saturating_add(piece.len));
+        self.outstanding.push_back(Outstanding {
+            head,
+            slots,
+            writable_bytes,
+        });
         Ok(head)
     }
 
     /// Kicks, unless the device does not want it (virtqueue_kick).
     pub fn kick(&mut self, ram: &GuestRam) {
         fence(Ordering::SeqCst);
-        let (old, new) = (self.kicked_at, self.next_avail);
-        self.kicked_at = new;
-        let wanted = if self.event_idx {
-            let event = ram.load_u16(self.placement.avail_event());
-            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-        } else {
-            ram.load_u16(self.placement.used) & USED_F_NO_NOTIFY == 0
-        };
-        if wanted {
+        if either!(&mut self.layout, ring => ring.wants_kick(ram)) {
             self.kicks.0 += 1;
             self.kick.signal();
         } else {
@@ -241,21 +257,33 @@ impl Vring {
     /// # Panics
     /// If the device returned what it was not given, or twice.
     pub fn take_used(&mut self, ram: &GuestRam) -> Option<Used> {
-        if ram.load_u16(self.placement.used_index()) == self.next_used {
-            return None;
+        if let Some(used) = self.skipped.pop_front() {
+            return Some(used);
         }
-        let entry = self.placement.used_entry(self.next_used);
-        let (head, written) = (ram.load_u32(entry), ram.load_u32(entry + 4));
-        self.next_used = self.next_used.wrapping_add(1);
-        let position = self
+        let used = either!(&self.layout, ring => ring.used(ram))?;
+        self.used_entries += 1;
+        let place = self
             .outstanding
             .iter()
-            .position(|(outstanding, _)| u32::from(*outstanding) == head);
-        assert!(position.is_some(), "head {head} is not with the device");
-        let (head, descriptors) = self.outstanding.swap_remove(position?);
-        self.free.extend(descriptors);
-        self.ask_for_interrupt(ram);
-        Some(Used { head, written })
+            .position(|buffer| buffer.head == used.head);
+        assert!(place.is_some(), "{used:?} is not with the device");
+        let place = place?;
+        // Without IN_ORDER an entry stands for its own buffer; with it, for all that came before too,
+        // which count as written in full (2.7.9, 2.8.9).
+        let first = if self.in_order { 0 } else { place };
+        for buffer in self.outstanding.drain(first..=place) {
+            let head = buffer.head;
+            let written = if head == used.head {
+                used.written
+            } else {
+                buffer.writable_bytes
+            };
+            either!(&mut self.layout, ring => ring.recycle(head, buffer.slots));
+            self.skipped.push_back(Used { head, written });
+        }
+        either!(&self.layout, ring => ring.ask_for_interrupt(ram));
+        fence(Ordering::SeqCst);
+        self.skipped.pop_front()
     }
 
     /// Waits for a buffer by interrupt.
@@ -276,15 +304,6 @@ impl Vring {
                 });
             }
         }
-    }
-
-    /// Asks to be told of the next buffer: with EVENT_IDX for each anew, as virtqueue_get_buf()
-    /// does; the flag is never set.
-    fn ask_for_interrupt(&self, ram: &GuestRam) {
-        if self.event_idx {
-            ram.store_u16(self.placement.used_event(), self.next_used);
-        }
-        fence(Ordering::SeqCst);
     }
 
     /// Offers a buffer, kicks, and waits until it comes back.
@@ -308,21 +327,7 @@ impl Vring {
     }
 }
 
-fn write_descriptor(ram: &GuestRam, table: u64, index: u16, piece: &Piece, next: Option<u16>) {
-    let flags = if piece.writable { DESC_F_WRITE } else { 0 }
-        | if next.is_some() { DESC_F_NEXT } else { 0 };
-    put_descriptor(
-        ram,
-        table,
-        index,
-        piece.gpa,
-        piece.len,
-        flags,
-        next.unwrap_or(0),
-    );
-}
-
-/// Writes one descriptor, whatever it says.
+/// Writes one descriptor of a split ring or table, whatever it says.
 pub fn put_descriptor(
     ram: &GuestRam,
     table: u64,

@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 /// The most regions that ADD_MEM_REG may add up to. Each holds a descriptor.
 pub(super) const MAX_MEM_SLOTS: usize = 64;
+/// The most mappings that a session has at a time: a new table is mapped before the old one goes.
+pub(crate) const MAX_MAPPINGS: usize = 2 * MAX_MEM_SLOTS;
 
 impl Session<'_> {
     pub(super) fn change_memory(

@@ -25,6 +25,7 @@ use crate::wake::{Wake, is_ready, wait};
 use aerostat_device::{Device, DeviceState, GuestMemory};
 use error::Refusal;
 pub(crate) use error::SessionError;
+pub(crate) use memory::MAX_MAPPINGS;
 use memory::MAX_MEM_SLOTS;
 use rustix::event::{PollFd, PollFlags};
 use std::io;
@@ -130,7 +131,9 @@ impl<'a> Session<'a> {
             status: 0,
             slots: Vec::new(),
             memory: None,
-            rings: (0..Device::MAX_QUEUES).map(|_| Ring::default()).collect(),
+            rings: (0..attached.device.kind().queues())
+                .map(|_| Ring::default())
+                .collect(),
             config_changed: false,
             broken: false,
             refusals: 0,
@@ -241,7 +244,7 @@ impl<'a> Session<'a> {
             }
             Request::GetQueueNum => {
                 message.empty()?;
-                return Ok(number(Device::MAX_QUEUES.into()));
+                return Ok(number(self.device().kind().queues().into()));
             }
             Request::GetMaxMemSlots => {
                 message.empty()?;
@@ -342,7 +345,7 @@ impl<'a> Session<'a> {
         let status = u8::try_from(value).map_err(|_| Refusal::Value(value))?;
         self.status = status & !STATUS_NEEDS_RESET;
         if status == 0 {
-            for index in 0..Device::MAX_QUEUES {
+            for index in 0..self.device().kind().queues() {
                 self.stop(index);
             }
         }

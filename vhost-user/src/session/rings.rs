@@ -3,9 +3,10 @@
 //! Specification: vhost-user, "Ring states" and the SET_VRING and GET_VRING messages.
 
 use super::{Answer, Refusal, Session};
+use crate::features::RING_PACKED;
 use crate::message::{Message, Request};
 use crate::ring::Ring;
-use aerostat_device::{Device, DeviceState};
+use aerostat_device::DeviceState;
 
 impl Session<'_> {
     pub(super) fn set_vring(
@@ -16,14 +17,16 @@ impl Session<'_> {
         match request {
             Request::SetVringNum => {
                 let (index, entries) = message.vring_state()?;
+                let packed = self.has_packed_rings();
                 self.stopped_ring(index)?
-                    .set_entries(entries)
+                    .set_entries(entries, packed)
                     .map_err(|source| Refusal::Ring { index, source })
             }
             Request::SetVringBase => {
                 let (index, base) = message.vring_state()?;
+                let packed = self.has_packed_rings();
                 self.stopped_ring(index)?
-                    .set_base(base)
+                    .set_base(base, packed)
                     .map_err(|source| Refusal::Ring { index, source })
             }
             Request::SetVringAddr => {
@@ -99,7 +102,7 @@ impl Session<'_> {
         let ring = self.ring(index)?;
         ring.forget_kick();
         let mut payload = index.to_ne_bytes().to_vec();
-        payload.extend_from_slice(&u32::from(ring.base()).to_ne_bytes());
+        payload.extend_from_slice(&ring.base().to_ne_bytes());
         Ok(Answer::Payload(payload))
     }
 
@@ -107,7 +110,7 @@ impl Session<'_> {
     fn queue(&self, index: u32) -> Result<u16, Refusal> {
         u16::try_from(index)
             .ok()
-            .filter(|queue| *queue < Device::MAX_QUEUES)
+            .filter(|queue| *queue < self.device().kind().queues())
             .ok_or(Refusal::NoRing(index))
     }
 
@@ -143,9 +146,10 @@ impl Session<'_> {
         let queue = self.queue(index)?;
         let slots = std::mem::take(&mut self.slots);
         let memory = self.memory.clone();
+        let packed = self.has_packed_rings();
         let config = self
             .ring(index)
-            .map(|ring| ring.config(&slots, memory.as_deref()));
+            .map(|ring| ring.config(&slots, memory.as_deref(), packed));
         self.slots = slots;
         let config = config?.map_err(|source| Refusal::Ring { index, source })?;
         let Some(config) = config else {
@@ -159,7 +163,13 @@ impl Session<'_> {
 
     /// A ring that starts at zero, after all were stopped, is that of a driver that starts afresh.
     fn begin_again_if_new_driver(&mut self, index: u32) -> Result<(), Refusal> {
-        let new = self.ring(index)?.is_new();
+        let (memory, packed) = (self.memory.clone(), self.has_packed_rings());
+        let slots = std::mem::take(&mut self.slots);
+        let new = self
+            .ring(index)
+            .map(|ring| ring.is_new(&slots, memory.as_deref(), packed));
+        self.slots = slots;
+        let new = new?;
         let mut others = self.rings.iter();
         let goes_on = others.any(|ring| ring.started || ring.is_resumed());
         if new && !goes_on && self.device().state() != DeviceState::Configuring {
@@ -190,14 +200,22 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Whether rings have the packed layout, as the features say that came last.
+    fn has_packed_rings(&self) -> bool {
+        self.features
+            .is_some_and(|features| features & RING_PACKED != 0)
+    }
+
     /// Stops a ring if it is started, and notes how far it was served.
     pub(super) fn stop(&mut self, queue: u16) {
+        // Features may have changed since it was started: its own are the device's.
+        let packed = self.device().features() & RING_PACKED != 0;
         let Some(ring) = self.rings.get_mut(usize::from(queue)) else {
             return;
         };
         if ring.started {
             match self.attached.device.stop_queue(queue) {
-                Ok(position) => ring.stopped(position),
+                Ok(position) => ring.stopped(position, packed),
                 // A broken ring has no position; the front-end gets the one it gave.
                 Err(error) => {
                     log::warn!("{}: stopping ring {queue}: {error}", self.vm.name);

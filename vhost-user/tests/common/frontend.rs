@@ -28,6 +28,11 @@ pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 pub const PROTOCOL_FEATURES: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15 | 1 << 16;
 /// VERSION_1, STATS_VQ, MUST_TELL_HOST: plain rings without event indexes.
 pub const FEATURES: u64 = 1 << 32 | 1 << 1 | 1 << 0;
+/// RING_PACKED.
+pub const F_RING_PACKED: u64 = 1 << 34;
+/// The marks of a packed descriptor, each equal to the lap's wrap counter: available, used.
+const PACKED_AVAIL: u16 = 1 << 7;
+const PACKED_USED: u16 = 1 << 15;
 
 /// Request numbers.
 pub mod request {
@@ -89,6 +94,8 @@ impl GuestRing {
 pub struct Guest {
     pub memory: File,
     pub rings: Vec<GuestRing>,
+    /// Whether its driver negotiates packed rings. All chains have one descriptor then.
+    pub packed: bool,
 }
 
 impl Guest {
@@ -98,6 +105,15 @@ impl Guest {
         Self {
             memory,
             rings: (0..3).map(GuestRing::new).collect(),
+            packed: false,
+        }
+    }
+
+    /// The same with packed rings.
+    pub fn packed() -> Self {
+        Self {
+            packed: true,
+            ..Self::new()
         }
     }
 
@@ -129,6 +145,19 @@ impl Guest {
         let slot = u64::from(ring.avail % RING_SIZE);
         let mut descriptor = address.to_le_bytes().to_vec();
         descriptor.extend_from_slice(&len.to_le_bytes());
+        if self.packed {
+            let marks = match wrap(ring.avail) {
+                true => PACKED_AVAIL,
+                false => PACKED_USED,
+            };
+            descriptor.extend_from_slice(&(ring.avail % RING_SIZE).to_le_bytes());
+            self.write(ring.base + 16 * slot, &descriptor);
+            // The flags last: they show the rest.
+            self.write(ring.base + 16 * slot + 14, &(flags | marks).to_le_bytes());
+            self.rings[index].avail = ring.avail.wrapping_add(1);
+            self.kick(index);
+            return;
+        }
         descriptor.extend_from_slice(&flags.to_le_bytes());
         descriptor.extend_from_slice(&[0; 2]);
         self.write(ring.base + 16 * slot, &descriptor);
@@ -155,9 +184,36 @@ impl Guest {
     /// Waits until all that was offered in ring `index` is used.
     pub fn wait_used(&mut self, index: usize) {
         super::eventually("the device uses the buffer", || {
-            (self.used_index(index) == self.rings[index].avail).then_some(())
+            self.has_used(index).then_some(())
         });
         self.rings[index].used = self.rings[index].avail;
+    }
+
+    /// Whether all that was offered in ring `index` is used.
+    fn has_used(&self, index: usize) -> bool {
+        let ring = &self.rings[index];
+        if !self.packed {
+            return self.used_index(index) == ring.avail;
+        }
+        let last = ring.avail.wrapping_sub(1);
+        let flags = self.read_u16(ring.base + 16 * u64::from(last % RING_SIZE) + 14);
+        let marks = if wrap(last) {
+            PACKED_AVAIL | PACKED_USED
+        } else {
+            0
+        };
+        flags & (PACKED_AVAIL | PACKED_USED) == marks
+    }
+
+    /// What the front-end says of ring `index` when it is started: where it goes on. Of a new packed ring it
+    /// says 0, as Linux's virtio_uml does, though that is a place in the second lap.
+    fn vring_base(&self, index: usize) -> u32 {
+        let used = self.rings[index].used;
+        if self.packed && used > 0 {
+            packed_base(used)
+        } else {
+            used.into()
+        }
     }
 
     fn offer_pfns(&mut self, index: usize, pfns: std::ops::Range<u32>) {
@@ -187,6 +243,18 @@ impl Guest {
             self.rings[index].used = 0;
         }
     }
+}
+
+/// The wrap counter of the lap of a packed ring's chain number `chain`.
+fn wrap(chain: u16) -> bool {
+    (chain / RING_SIZE).is_multiple_of(2)
+}
+
+/// Where a packed ring stands in front of chain number `chain`, with nothing outstanding.
+pub fn packed_base(chain: u16) -> u32 {
+    let lap = if wrap(chain) { 1 << 15 } else { 0 };
+    let place = (chain % RING_SIZE) | lap;
+    u32::from(place) | u32::from(place) << 16
 }
 
 /// A reply as it came.
@@ -284,9 +352,13 @@ impl Frontend {
 
     /// Owner, features, protocol features.
     pub fn negotiate(&mut self) {
+        self.negotiate_with(FEATURES);
+    }
+
+    fn negotiate_with(&mut self, selected: u64) {
         let offered = self.ask_u64(GET_FEATURES);
         assert_eq!(offered & F_PROTOCOL_FEATURES, F_PROTOCOL_FEATURES);
-        assert_eq!(offered & FEATURES, FEATURES);
+        assert_eq!(offered & selected, selected);
         assert_eq!(
             self.ask_u64(GET_PROTOCOL_FEATURES) & PROTOCOL_FEATURES,
             PROTOCOL_FEATURES
@@ -294,7 +366,7 @@ impl Frontend {
         let payload = PROTOCOL_FEATURES.to_ne_bytes();
         assert!(self.send_raw(&Self::encode(SET_PROTOCOL_FEATURES, 1, &payload), &[]));
         assert!(self.tell(SET_OWNER, &[]));
-        let features = FEATURES | F_PROTOCOL_FEATURES;
+        let features = selected | F_PROTOCOL_FEATURES;
         assert!(self.tell(SET_FEATURES, &features.to_ne_bytes()));
     }
 
@@ -308,7 +380,7 @@ impl Frontend {
         let ring = &guest.rings[index];
         let (at, number) = (u64::try_from(index).unwrap(), u32::try_from(index).unwrap());
         assert!(self.vring(SET_VRING_NUM, number, RING_SIZE.into()));
-        assert!(self.vring(SET_VRING_BASE, number, ring.used.into()));
+        assert!(self.vring(SET_VRING_BASE, number, guest.vring_base(index)));
         assert!(self.tell(SET_VRING_ADDR, &vring_addr(number, ring.base + USER_BASE)));
         assert!(self.vring_fd(SET_VRING_CALL, at, ring.call.as_fd()));
         assert!(self.vring_fd(SET_VRING_ERR, at, ring.err.as_fd()));
@@ -325,7 +397,8 @@ impl Frontend {
     /// Connects and starts all rings of a guest.
     pub fn run(path: &Path, guest: &Guest) -> Self {
         let mut frontend = Self::connect(path);
-        frontend.negotiate();
+        let layout = if guest.packed { F_RING_PACKED } else { 0 };
+        frontend.negotiate_with(FEATURES | layout);
         frontend.start(guest);
         frontend
     }

@@ -4,13 +4,23 @@
 //! Reading and writing never wait for a queue: a VMM does both from its vCPU threads.
 
 use super::Features;
+use crate::protocol::contract::Written;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// Its length: `num_pages`, `actual`, `free_page_hint_cmd_id`, `poison_val`, all le32.
-pub(crate) const CONFIG_BYTES: usize = 16;
+const CONFIG_BYTES: usize = 16;
 /// The same where HOST_RESET is offered: `reset_id` and `reset_ack` follow.
-pub(crate) const HOST_RESET_CONFIG_BYTES: usize = 24;
+const HOST_RESET_CONFIG_BYTES: usize = 24;
+
+/// Its length where `offered` are.
+pub(crate) const fn config_bytes(offered: u64) -> usize {
+    if offered & Features::HOST_RESET.bits() == 0 {
+        CONFIG_BYTES
+    } else {
+        HOST_RESET_CONFIG_BYTES
+    }
+}
 
 const NUM_PAGES: usize = 0;
 const ACTUAL: usize = 4;
@@ -42,26 +52,15 @@ pub(crate) struct ConfigSpace {
     poison_val: AtomicU32,
 }
 
-/// The fields that a saved device takes along (requirement S13); the id of hints is its board's.
+/// The fields that a saved device takes along (requirement S13); the id of hints is its board's, the target the
+/// device's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SavedConfig {
-    pub(crate) num_pages: u32,
     pub(crate) actual: u32,
     pub(crate) poison_val: u32,
     /// The last host reset, and the last one that the driver acknowledged (requirement V3).
     pub(crate) reset_id: u32,
     pub(crate) reset_ack: u32,
-}
-
-/// What a driver's write did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Written {
-    /// `actual` has a new value.
-    pub(crate) actual_changed: bool,
-    /// A field that is not the driver's to change, or not now, would have changed.
-    pub(crate) refused: bool,
-    /// How many host resets it acknowledged.
-    pub(crate) acknowledged_resets: u64,
 }
 
 impl ConfigSpace {
@@ -75,11 +74,11 @@ impl ConfigSpace {
 
     /// Its length.
     fn len(&self) -> usize {
-        if self.has_host_reset {
-            HOST_RESET_CONFIG_BYTES
+        config_bytes(if self.has_host_reset {
+            Features::HOST_RESET.bits()
         } else {
-            CONFIG_BYTES
-        }
+            0
+        })
     }
 
     /// Shows a new `reset_id`, which is pending until the driver writes it to `reset_ack`.
@@ -148,7 +147,6 @@ impl ConfigSpace {
 
     /// Takes over a saved device's fields. Returns whether a host reset is pending.
     pub(crate) fn restore(&self, saved: SavedConfig) -> bool {
-        self.num_pages.store(saved.num_pages, Ordering::Release);
         self.actual.store(saved.actual, Ordering::Release);
         self.poison_val.store(saved.poison_val, Ordering::Release);
         let mut reset = self.host_reset.lock();
@@ -166,7 +164,6 @@ impl ConfigSpace {
     pub(crate) fn save(&self) -> SavedConfig {
         let reset = self.host_reset.lock();
         SavedConfig {
-            num_pages: self.num_pages(),
             actual: self.actual(),
             poison_val: self.poison_val(),
             reset_id: reset.id,

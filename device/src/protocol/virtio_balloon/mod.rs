@@ -1,16 +1,21 @@
 //! The traditional memory balloon, device ID 5 (virtio 1.x, section 5.5; requirements S).
 
 mod config;
+mod control;
+mod device;
 mod hints;
 mod queues;
 mod refusal;
 mod stats;
 
-pub(crate) use config::{CONFIG_BYTES, ConfigSpace, HOST_RESET_CONFIG_BYTES, SavedConfig};
+pub(crate) use config::config_bytes;
+use config::{ConfigSpace, SavedConfig};
+pub(crate) use device::VirtioBalloon;
 pub use hints::HintState;
-pub(crate) use hints::{HintBoard, MAX_ROUND};
-pub(crate) use queues::{QUEUES, Role, role_of};
-pub(crate) use stats::StatsBoard;
+use hints::{HintBoard, MAX_ROUND};
+pub(crate) use queues::QUEUES;
+use queues::{Role, role_of};
+use stats::StatsBoard;
 
 use crate::balloon::{Balloon, bump};
 use crate::memory::{BALLOON_PAGE_BYTES, Gpa, GuestMemory, Pfn, PfnRange};
@@ -59,7 +64,7 @@ impl Features {
     /// What is offered unless the VMM chooses. DEFLATE_ON_OOM is left to the VMM since it lets a guest
     /// undo what the host decided; the packed layout and IN_ORDER since VMMs have to know about them;
     /// PAGE_REFUSAL and HOST_RESET since they are not in the standard (V4).
-    pub(crate) const DEFAULT: Self = Self::all()
+    pub(super) const DEFAULT: Self = Self::all()
         .difference(Self::DEFLATE_ON_OOM)
         .difference(Self::RING_PACKED)
         .difference(Self::IN_ORDER)
@@ -68,10 +73,10 @@ impl Features {
         .difference(Self::HOST_RESET);
 }
 
-/// The most PFNs a chain may carry: 32 MiB of memory; stock drivers send 256 to 1024. More is taken
+/// The most PFNs a chain may carry: 8 MiB of memory; stock drivers send 256 to 1024. More is taken
 /// as malformed, so that a single chain of scattered pages cannot keep a worker, and whoever waits for
-/// the device, busy for longer than about 0.1 s (I3).
-const MAX_CHAIN_PFNS: u64 = 1 << 13;
+/// the device, busy for longer than about 10 ms (I3).
+const MAX_CHAIN_PFNS: u64 = 1 << 11;
 /// A PFN is an le32 (5.5.6.1).
 const PFN_BYTES: u64 = 4;
 /// How much is served before other devices get a turn.
@@ -80,7 +85,7 @@ const MAX_CHAINS_PER_TURN: usize = 256;
 /// of empty buffers, which bring no entry: without this bound a turn would walk millions.
 const MAX_BUFFERS_PER_TURN: usize = 1 << 15;
 /// Listed pages and reported ranges, each of which may cost a discard of its own.
-const MAX_ENTRIES_PER_TURN: usize = 1 << 13;
+const MAX_ENTRIES_PER_TURN: usize = 1 << 11;
 /// Reported memory: 1 GiB, eight times what Linux reports in a chain.
 const MAX_REPORTED_PAGES_PER_TURN: u64 = 1 << 18;
 /// How often a queue that keeps filling up is looked at again within one turn.
@@ -88,19 +93,19 @@ const MAX_ROUNDS_PER_TURN: u32 = 4;
 
 /// What one turn of serving works with.
 #[derive(Debug)]
-pub(crate) struct Turn<'a> {
-    pub(crate) balloon: &'a mut Balloon,
-    pub(crate) scratch: &'a mut Scratch,
-    pub(crate) books: &'a Books,
-    pub(crate) stats: &'a StatsBoard,
-    pub(crate) hints: &'a HintBoard,
-    pub(crate) config: &'a ConfigSpace,
+struct Turn<'a> {
+    balloon: &'a mut Balloon,
+    scratch: &'a mut Scratch,
+    books: &'a Books,
+    stats: &'a StatsBoard,
+    hints: &'a HintBoard,
+    config: &'a ConfigSpace,
     /// PAGE_REFUSAL was negotiated.
-    pub(crate) refusal: bool,
+    refusal: bool,
     /// The balloon's size, for those who must not wait for its lock.
-    pub(crate) ballooned_bytes: &'a AtomicU64,
+    ballooned_bytes: &'a AtomicU64,
     /// PAGE_POISON was negotiated with a value other than zero (S10).
-    pub(crate) poisoned: bool,
+    poisoned: bool,
 }
 
 /// How a batch of chains is read and carried out.
@@ -118,11 +123,7 @@ struct Handler {
 ///
 /// Chains are popped in batches, acted on together, and completed with one update of the used
 /// index. With `Err`, what came before the fault has been served.
-pub(crate) fn serve_pages(
-    role: Role,
-    source: &mut Source,
-    turn: &mut Turn<'_>,
-) -> Result<bool, RingError> {
+fn serve_pages(role: Role, source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingError> {
     let handler = match role {
         Role::Inflate if turn.refusal => Handler {
             read: refusal::answer,

@@ -16,6 +16,17 @@ pub(crate) enum Role {
     Reporting,
 }
 
+impl Role {
+    /// In the order in which their queues are served.
+    pub(super) const ALL: [Self; 5] = [
+        Self::Inflate,
+        Self::Deflate,
+        Self::Stats,
+        Self::Hints,
+        Self::Reporting,
+    ];
+}
+
 /// How many queues the fixed numbering has.
 pub(crate) const QUEUES: u16 = 5;
 

@@ -20,9 +20,9 @@ impl Play<'_> {
             size: size.of(24).min(24),
             flags: flags.into(),
             features: match features {
-                u64::MAX => ::aerostat_device::Device::SUPPORTED_FEATURES,
+                u64::MAX => ::aerostat_device::DeviceKind::VirtioBalloon.supported_features(),
                 some if some % 4 == 0 => some,
-                some => some & ::aerostat_device::Device::SUPPORTED_FEATURES,
+                some => some & ::aerostat_device::DeviceKind::VirtioBalloon.supported_features(),
             },
             config_fd: self.host.fd(fds[0]),
             completion_fd: self.host.fd(fds[1]),

@@ -1,0 +1,258 @@
+/*
+ * A virtio balloon whose work is done by libaerostat: migration, and whatever
+ * else forbids to discard
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#include "qemu/osdep.h"
+#include "qemu/error-report.h"
+#include "qemu/lockable.h"
+#include "exec/address-spaces.h"
+#include "exec/memory.h"
+#include "exec/ramblock.h"
+#include "migration/misc.h"
+#include "migration/vmstate.h"
+#include "system/runstate.h"
+#include "aerostat-balloon.h"
+#include "trace/trace-hw_virtio.h"
+
+/* How long a guest may take for its hints; it lacks its free memory meanwhile. */
+#define HINTS_MS 30000
+
+/* QEMU has one balloon at most. */
+static AerostatBalloon *the_balloon;
+
+/*
+ * Discards are forbidden as soon as somebody pins memory (VFIO), while it is
+ * filled from elsewhere (postcopy), and during a background snapshot. Nothing
+ * is discarded any more when this returns.
+ *
+ * Called whenever that may have changed: for every kick, when the VM goes on,
+ * at the start and end of migrations, and by ram_block_discard_disable().
+ */
+void aerostat_balloon_update_inhibit(AerostatBalloon *s)
+{
+    bool inhibit = ram_block_discard_is_disabled() ||
+                   migration_in_incoming_postcopy() ||
+                   migration_in_bg_snapshot();
+
+    QEMU_LOCK_GUARD(&s->inhibit_lock);
+    if (inhibit == s->inhibited) {
+        return;
+    }
+    s->inhibited = inhibit;
+    trace_aerostat_balloon_inhibit(inhibit);
+    if (inhibit) {
+        aerostat_device_inhibit(s->device);
+    } else {
+        aerostat_device_uninhibit(s->device);
+    }
+}
+
+/*
+ * QEMU tells nobody that discards were forbidden. The linker does (--wrap, see
+ * meson.build): callers of these two functions get these instead, so VFIO pins
+ * nothing before what is in flight is discarded.
+ */
+int __real_ram_block_discard_disable(bool state);
+int __real_ram_block_uncoordinated_discard_disable(bool state);
+int __wrap_ram_block_discard_disable(bool state);
+int __wrap_ram_block_uncoordinated_discard_disable(bool state);
+
+int __wrap_ram_block_discard_disable(bool state)
+{
+    int ret = __real_ram_block_discard_disable(state);
+
+    if (the_balloon) {
+        aerostat_balloon_update_inhibit(the_balloon);
+    }
+    return ret;
+}
+
+int __wrap_ram_block_uncoordinated_discard_disable(bool state)
+{
+    int ret = __real_ram_block_uncoordinated_discard_disable(state);
+
+    if (the_balloon) {
+        aerostat_balloon_update_inhibit(the_balloon);
+    }
+    return ret;
+}
+
+static int aerostat_balloon_migration(NotifierWithReturn *notifier,
+                                      MigrationEvent *event, Error **errp)
+{
+    aerostat_balloon_update_inhibit(container_of(notifier, AerostatBalloon,
+                                                 migration_notifier));
+    return 0;
+}
+
+/* A range that the guest does not use need not be sent. */
+static void skip_range(AerostatBalloon *s, hwaddr gpa, uint64_t bytes)
+{
+    while (bytes) {
+        MemoryRegionSection section =
+            memory_region_find(get_system_memory(), gpa, bytes);
+        uint64_t here;
+
+        if (!section.mr) {
+            return;
+        }
+        here = int128_get64(section.size);
+        if (section.offset_within_address_space == gpa &&
+            memory_region_is_ram(section.mr)) {
+            qemu_guest_free_page_hint((uint8_t *)
+                                      memory_region_get_ram_ptr(section.mr) +
+                                      section.offset_within_region, here);
+            s->hinted_bytes += here;
+        }
+        memory_region_unref(section.mr);
+        here += section.offset_within_address_space - gpa;
+        gpa += here;
+        bytes -= MIN(bytes, here);
+    }
+}
+
+/*
+ * Takes the hints that came. Once the guest has sent all, it gets its pages
+ * back at once: what it writes to them is seen by the next look at the dirty
+ * log, as they were taken out of the bitmap before.
+ */
+void aerostat_balloon_take_hints(AerostatBalloon *s)
+{
+    struct aerostat_range hints[64];
+    uint32_t state = AEROSTAT_HINT_IDLE;
+    int i, n;
+
+    QEMU_LOCK_GUARD(&s->hints_lock);
+    if (!s->hints_running) {
+        return;
+    }
+    do {
+        n = aerostat_device_take_hints(s->device, hints, ARRAY_SIZE(hints),
+                                       &state);
+        for (i = 0; i < n; i++) {
+            skip_range(s, hints[i].gpa, hints[i].len_bytes);
+        }
+    } while (n == ARRAY_SIZE(hints));
+    if (state != AEROSTAT_HINT_RUNNING) {
+        s->hints_running = false;
+        aerostat_device_finish_hints(s->device);
+        trace_aerostat_balloon_hints(s->hinted_bytes);
+    }
+}
+
+static void finish_hints(AerostatBalloon *s)
+{
+    QEMU_LOCK_GUARD(&s->hints_lock);
+    if (s->hints_running) {
+        s->hints_running = false;
+        aerostat_device_finish_hints(s->device);
+        trace_aerostat_balloon_hints(s->hinted_bytes);
+    }
+}
+
+/*
+ * The guest is asked once, when all its memory is still to be sent. A hint that
+ * comes after the next look at the dirty log is too late, since that may have
+ * found the page written to: the round ends before it.
+ */
+static int aerostat_balloon_precopy(NotifierWithReturn *notifier, void *data,
+                                    Error **errp)
+{
+    AerostatBalloon *s = container_of(notifier, AerostatBalloon,
+                                      precopy_notifier);
+    PrecopyNotifyData *event = data;
+
+    switch (event->reason) {
+    case PRECOPY_NOTIFY_SETUP:
+        s->hints_asked = false;
+        s->hinted_bytes = 0;
+        break;
+    case PRECOPY_NOTIFY_AFTER_BITMAP_SYNC:
+        /* A page that postcopy is to fetch must not be left out. */
+        if (s->hints_asked || migrate_postcopy_ram()) {
+            break;
+        }
+        s->hints_asked = true;
+        WITH_QEMU_LOCK_GUARD(&s->hints_lock) {
+            s->hints_running = !aerostat_device_start_hints(s->device,
+                                                            HINTS_MS);
+        }
+        break;
+    case PRECOPY_NOTIFY_BEFORE_BITMAP_SYNC:
+    case PRECOPY_NOTIFY_COMPLETE:
+    case PRECOPY_NOTIFY_CLEANUP:
+    default:
+        finish_hints(s);
+    }
+    return 0;
+}
+
+static int aerostat_balloon_pre_save(void *opaque)
+{
+    AerostatBalloon *s = opaque;
+    size_t bytes = 0;
+
+    g_clear_pointer(&s->saved, g_free);
+    if (aerostat_device_save(s->device, NULL, 0, &bytes) < 0 ||
+        bytes > UINT32_MAX) {
+        aerostat_balloon_complain(s, "the balloon cannot be saved");
+        return -EINVAL;
+    }
+    s->saved = g_malloc(bytes);
+    s->saved_bytes = bytes;
+    if (aerostat_device_save(s->device, s->saved, bytes, &bytes) < 0) {
+        aerostat_balloon_complain(s, "the balloon cannot be saved");
+        return -EINVAL;
+    }
+    trace_aerostat_balloon_save(bytes);
+    return 0;
+}
+
+/* After the features and queues have been loaded. */
+int aerostat_balloon_post_load(VirtIODevice *vdev)
+{
+    AerostatBalloon *s = AEROSTAT_BALLOON(vdev);
+    int ret;
+
+    aerostat_device_reset(s->device);
+    ret = aerostat_device_restore(s->device, s->saved, s->saved_bytes);
+    if (ret < 0) {
+        aerostat_balloon_complain(s, "the balloon cannot be restored");
+        return ret;
+    }
+    trace_aerostat_balloon_restore(s->saved_bytes);
+    g_clear_pointer(&s->saved, g_free);
+    return 0;
+}
+
+const VMStateDescription vmstate_aerostat_balloon_device = {
+    .name = "aerostat-balloon-device",
+    .version_id = 1,
+    .minimum_version_id = 1,
+    .pre_save = aerostat_balloon_pre_save,
+    .fields = (const VMStateField[]) {
+        VMSTATE_UINT32(saved_bytes, AerostatBalloon),
+        VMSTATE_VBUFFER_ALLOC_UINT32(saved, AerostatBalloon, 1, NULL,
+                                     saved_bytes),
+        VMSTATE_END_OF_LIST()
+    },
+};
+
+void aerostat_balloon_migration_init(AerostatBalloon *s)
+{
+    the_balloon = s;
+    aerostat_balloon_update_inhibit(s);
+    migration_add_notifier(&s->migration_notifier, aerostat_balloon_migration);
+    s->precopy_notifier.notify = aerostat_balloon_precopy;
+    precopy_add_notifier(&s->precopy_notifier);
+}
+
+void aerostat_balloon_migration_cleanup(AerostatBalloon *s)
+{
+    precopy_remove_notifier(&s->precopy_notifier);
+    migration_remove_notifier(&s->migration_notifier);
+    finish_hints(s);
+    the_balloon = NULL;
+}

@@ -1,0 +1,86 @@
+/*
+ * A virtio balloon whose work is done by libaerostat
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+#ifndef HW_VIRTIO_AEROSTAT_BALLOON_H
+#define HW_VIRTIO_AEROSTAT_BALLOON_H
+
+#include "hw/virtio/virtio.h"
+#include "qemu/event_notifier.h"
+#include "qemu/notify.h"
+#include "qemu/thread.h"
+#include "qom/object.h"
+
+#include <aerostat.h>
+
+#define TYPE_AEROSTAT_BALLOON "aerostat-balloon-device"
+OBJECT_DECLARE_SIMPLE_TYPE(AerostatBalloon, AEROSTAT_BALLOON)
+
+/* Inflate, deflate, statistics, free page hints, free page reports. */
+#define AEROSTAT_BALLOON_QUEUES 5
+
+struct AerostatBalloon {
+    VirtIODevice parent_obj;
+
+    struct aerostat_runtime *runtime;
+    struct aerostat_device *device;
+    VirtQueue *queues[AEROSTAT_BALLOON_QUEUES];
+    /* Elements of each queue that the library has. */
+    unsigned int outstanding[AEROSTAT_BALLOON_QUEUES];
+    /* Queues that were stopped because the VM is, a bit each. */
+    unsigned int stopped;
+    EventNotifier completions;
+    EventNotifier config;
+
+    /* Memory: what the library was told, and what the listener collects. */
+    MemoryListener listener;
+    GArray *sections;
+    GArray *new_sections;
+
+    /* Discards are forbidden; see aerostat_balloon_update_inhibit(). */
+    QemuMutex inhibit_lock;
+    bool inhibited;
+
+    /* Migration. */
+    NotifierWithReturn migration_notifier;
+    NotifierWithReturn precopy_notifier;
+    /* Held while hints go into the bitmap of the migration. */
+    QemuMutex hints_lock;
+    bool hints_running;
+    bool hints_asked;
+    uint64_t hinted_bytes;
+    uint8_t *saved;
+    uint32_t saved_bytes;
+
+    /* Properties. */
+    uint64_t features;
+    uint64_t write_behind_bytes;
+    uint32_t write_behind_ms;
+    uint32_t workers;
+    int64_t stats_interval_s;
+};
+
+/* aerostat-balloon.c */
+void aerostat_balloon_complain(AerostatBalloon *s, const char *what);
+
+/* aerostat-balloon-memory.c */
+void aerostat_balloon_memory_init(AerostatBalloon *s);
+void aerostat_balloon_memory_cleanup(AerostatBalloon *s);
+
+/* aerostat-balloon-migration.c */
+extern const VMStateDescription vmstate_aerostat_balloon_device;
+void aerostat_balloon_migration_init(AerostatBalloon *s);
+void aerostat_balloon_migration_cleanup(AerostatBalloon *s);
+int aerostat_balloon_post_load(VirtIODevice *vdev);
+void aerostat_balloon_take_hints(AerostatBalloon *s);
+void aerostat_balloon_update_inhibit(AerostatBalloon *s);
+
+/* aerostat-balloon-monitor.c */
+uint64_t aerostat_balloon_ram_bytes(void);
+int aerostat_balloon_monitor_init(AerostatBalloon *s);
+void aerostat_balloon_monitor_cleanup(AerostatBalloon *s);
+void aerostat_balloon_add_properties(Object *obj);
+void aerostat_balloon_announce_actual(AerostatBalloon *s);
+
+#endif

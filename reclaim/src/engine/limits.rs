@@ -1,0 +1,120 @@
+//! A VM's cgroup as the ledger sees it, and how it is found.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    cgroup::{Cgroup, CgroupError},
+    ledger::limits::LimitFile,
+};
+
+/// Where cgroup v2 is mounted.
+pub(super) const CGROUP_MOUNT: &str = "/sys/fs/cgroup";
+
+/// The limit of a VM: `memory.high`, and `memory.max` above it if that was opted in.
+#[derive(Debug)]
+pub(super) struct VmLimits {
+    cgroup: Cgroup,
+    max_slack_bytes: Option<u64>,
+}
+
+impl VmLimits {
+    pub(super) fn new(cgroup: Cgroup, max_slack_bytes: Option<u64>) -> Self {
+        Self {
+            cgroup,
+            max_slack_bytes,
+        }
+    }
+
+    pub(super) fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+}
+
+impl LimitFile for VmLimits {
+    fn current_bytes(&self) -> Result<u64, CgroupError> {
+        self.cgroup.memory_current_bytes()
+    }
+
+    fn limit_bytes(&self) -> Result<Option<u64>, CgroupError> {
+        self.cgroup.limit_bytes()
+    }
+
+    fn set_limit_bytes(&self, limit: u64) -> Result<(), CgroupError> {
+        let Some(slack) = self.max_slack_bytes else {
+            return self.cgroup.set_high_bytes(Some(limit));
+        };
+        // memory.max kills: it is never below memory.high, not even between the two writes.
+        let max = Some(limit.saturating_add(slack));
+        if self
+            .cgroup
+            .limits()?
+            .high_bytes
+            .is_none_or(|high| high > limit)
+        {
+            self.cgroup.set_high_bytes(Some(limit))?;
+            self.cgroup.set_max_bytes(max)
+        } else {
+            self.cgroup.set_max_bytes(max)?;
+            self.cgroup.set_high_bytes(Some(limit))
+        }
+    }
+}
+
+/// The cgroup of a process, from `/proc/PID/cgroup`; `None` for the root, which has no memory files.
+pub(super) fn cgroup_of(proc: &Path, pid: u32) -> Option<PathBuf> {
+    let text = fs::read_to_string(proc.join(pid.to_string()).join("cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let below = path.trim_start_matches('/');
+    // A process that moved out of our cgroup namespace is shown with "..".
+    if below.is_empty() || below.split('/').any(|part| part == "..") {
+        return None;
+    }
+    Some(Path::new(CGROUP_MOUNT).join(below))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_found_in_the_unified_hierarchy() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |pid: &str, text: &str| {
+            fs::create_dir(dir.path().join(pid)).unwrap();
+            fs::write(dir.path().join(pid).join("cgroup"), text).unwrap();
+        };
+        put("1", "3:memory:/v1\n0::/vms.slice/a.scope\n");
+        put("2", "0::/\n");
+        put("3", "0::/../elsewhere\n");
+
+        let expected = Path::new(CGROUP_MOUNT).join("vms.slice/a.scope");
+        assert_eq!(cgroup_of(dir.path(), 1), Some(expected));
+        assert_eq!(cgroup_of(dir.path(), 2), None);
+        assert_eq!(cgroup_of(dir.path(), 3), None);
+        assert_eq!(cgroup_of(dir.path(), 4), None);
+    }
+
+    #[test]
+    fn memory_max_is_never_below_memory_high() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in [
+            ("cgroup.controllers", "memory"),
+            ("memory.high", "max"),
+            ("memory.max", "max"),
+        ] {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let limits = VmLimits::new(Cgroup::open_unchecked(dir.path()).unwrap(), Some(50));
+        let read = |name| fs::read_to_string(dir.path().join(name)).unwrap();
+        for limit in [400, 300, 900] {
+            limits.set_limit_bytes(limit).unwrap();
+            assert_eq!(
+                (read("memory.high"), read("memory.max")),
+                (limit.to_string(), (limit + 50).to_string())
+            );
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! What a machine is like.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// The balloon device of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Balloon {
+    /// That of this project, linked into QEMU.
+    Aerostat,
+    /// QEMU's own.
+    Virtio,
+}
+
+/// What is behind the guest's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// Private anonymous memory.
+    Anonymous,
+    /// A memfd, shared.
+    Memfd,
+    /// A memfd of huge pages of 2 MiB, shared.
+    Hugetlb,
+}
+
+/// How a machine is to be started.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    pub(super) memory_mib: u64,
+    pub(super) cpus: u32,
+    pub(super) backing: Backing,
+    pub(super) balloon: Balloon,
+    pub(super) packed: bool,
+    pub(super) reporting: bool,
+    pub(super) options: Vec<String>,
+    pub(super) kernel_arguments: Vec<String>,
+    pub(super) arguments: Vec<String>,
+    pub(super) programs: Vec<PathBuf>,
+    pub(super) incoming: bool,
+    pub(super) boot_timeout: Duration,
+}
+
+/// The name by which QMP knows the balloon.
+pub const BALLOON_PATH: &str = "/machine/peripheral/balloon";
+
+impl MachineConfig {
+    /// A machine with this much memory, one processor, and a balloon on split rings. Its guest does not
+    /// report unused memory.
+    #[must_use]
+    pub fn new(memory_mib: u64, balloon: Balloon) -> Self {
+        Self {
+            memory_mib,
+            cpus: 1,
+            backing: Backing::Anonymous,
+            balloon,
+            packed: false,
+            reporting: false,
+            options: Vec::new(),
+            kernel_arguments: Vec::new(),
+            arguments: Vec::new(),
+            programs: Vec::new(),
+            incoming: false,
+            boot_timeout: Duration::from_secs(240),
+        }
+    }
+
+    /// The guest's memory, in MiB.
+    #[must_use]
+    pub fn memory_mib(&self) -> u64 {
+        self.memory_mib
+    }
+
+    /// What is behind the guest's memory.
+    #[must_use]
+    pub fn backing(mut self, backing: Backing) -> Self {
+        self.backing = backing;
+        self
+    }
+
+    /// Processors of the guest.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Packed rings.
+    #[must_use]
+    pub fn packed(mut self) -> Self {
+        self.packed = true;
+        self
+    }
+
+    /// The guest reports memory that it does not use.
+    #[must_use]
+    pub fn reporting(mut self) -> Self {
+        self.reporting = true;
+        self
+    }
+
+    /// Adds `name=value` to the balloon device.
+    #[must_use]
+    pub fn option(mut self, option: &str) -> Self {
+        self.options.push(option.to_owned());
+        self
+    }
+
+    /// Adds a word to the kernel's command line.
+    #[must_use]
+    pub fn kernel_argument(mut self, word: &str) -> Self {
+        self.kernel_arguments.push(word.to_owned());
+        self
+    }
+
+    /// Adds words to QEMU's command line.
+    #[must_use]
+    pub fn arguments(mut self, words: &[&str]) -> Self {
+        self.arguments
+            .extend(words.iter().map(|word| (*word).to_owned()));
+        self
+    }
+
+    /// Adds a program to the guest; it must not need shared libraries.
+    #[must_use]
+    pub fn program(mut self, program: &Path) -> Self {
+        self.programs.push(program.to_owned());
+        self
+    }
+
+    /// The machine waits for the state of another one.
+    #[must_use]
+    pub fn incoming(mut self) -> Self {
+        self.incoming = true;
+        self
+    }
+
+    pub(super) fn command_line(
+        &self,
+        accelerator: [(&str, &str); 2],
+        files: &Files<'_>,
+    ) -> Vec<OsString> {
+        let mut words: Vec<OsString> = [
+            "-nodefaults",
+            "-no-user-config",
+            // Threads have names, by which their processor time is told apart.
+            "-name",
+            "guest,debug-threads=on",
+            "-display",
+            "none",
+            "-L",
+            "/usr/share/qemu",
+            "-L",
+            "/usr/share/seabios",
+            // Commands on the first serial line, the kernel's messages on the second.
+            "-chardev",
+            "stdio,id=commands,signal=off",
+            "-serial",
+            "chardev:commands",
+            "-chardev",
+            "file,id=log,path=/dev/stderr",
+            "-serial",
+            "chardev:log",
+            "-machine",
+            "q35,memory-backend=ram",
+        ]
+        .map(OsString::from)
+        .into();
+        let mut add = |name: &str, value: OsString| words.extend([name.into(), value]);
+        for (name, value) in accelerator {
+            add(name, value.into());
+        }
+        add("-smp", self.cpus.to_string().into());
+        add("-m", format!("{}M", self.memory_mib).into());
+        let kind = match self.backing {
+            Backing::Anonymous => "memory-backend-ram",
+            Backing::Memfd => "memory-backend-memfd,share=on",
+            Backing::Hugetlb => "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M",
+        };
+        add(
+            "-object",
+            format!("{kind},id=ram,size={}M", self.memory_mib).into(),
+        );
+        add("-device", self.device().into());
+        let mut monitor = OsString::from("unix:");
+        monitor.push(files.monitor);
+        monitor.push(",server=on,wait=off");
+        add("-qmp", monitor);
+        add("-kernel", files.kernel.into());
+        add("-initrd", files.initramfs.into());
+        add("-append", self.kernel_command_line().into());
+        if self.incoming {
+            add("-incoming", "defer".into());
+        }
+        words.extend(self.arguments.iter().map(OsString::from));
+        words
+    }
+
+    fn device(&self) -> String {
+        let name = match self.balloon {
+            Balloon::Aerostat => "aerostat-balloon-pci",
+            Balloon::Virtio => "virtio-balloon-pci",
+        };
+        let switch = |on: bool| if on { "on" } else { "off" };
+        let mut device = format!(
+            "{name},id=balloon,disable-legacy=on,packed={},free-page-reporting={}",
+            switch(self.packed),
+            switch(self.reporting)
+        );
+        for option in &self.options {
+            device += &format!(",{option}");
+        }
+        device
+    }
+
+    fn kernel_command_line(&self) -> String {
+        // A guest that panics is a guest that does not answer: its last words are in the log.
+        let mut words = vec!["console=ttyS1", "quiet", "panic=-1"];
+        words.extend(self.kernel_arguments.iter().map(String::as_str));
+        words.join(" ")
+    }
+}
+
+/// Files of a command line.
+pub(super) struct Files<'a> {
+    pub(super) kernel: &'a Path,
+    pub(super) initramfs: &'a Path,
+    pub(super) monitor: &'a Path,
+}
