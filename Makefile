@@ -46,9 +46,10 @@ test: check
 	PROFILE=debug scripts/build-qemu
 	$(CARGO) test --workspace --no-fail-fast
 	$(MAKE) suites
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-10} FUZZ_JOBS=$${FUZZ_JOBS:-2} scripts/fuzz
 
 # What the suites of whole devices leave open, chosen otherwise (CONTRIBUTING.md, "Settings").
-SUITES := $(patsubst tests/tests/%.rs,--test %,$(wildcard tests/tests/vmm_*.rs))
+SUITES := $(patsubst tests/tests/%.rs,--test %,$(filter-out %/vmm_soak.rs,$(wildcard tests/tests/vmm_*.rs)))
 SETTINGS ?= packed write-behind packed,in-order,write-behind
 
 suites:
