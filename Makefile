@@ -16,8 +16,8 @@ help:
 	@echo 'make check   lints only: formatting, clippy, documentation'
 	@echo 'make fuzz    fuzz every target for FUZZ_SECONDS (60), TARGETS="split abi" some of them'
 	@echo 'make loom    models of the protocols between threads, in every order of threads'
+	@echo 'make bench   benchmarks against what other VMMs do (QUICK=1, or BENCH_SECONDS=N: shorter)'
 	@echo 'make soak    64 guests and a VMM that does anything, for SOAK_SECONDS (1800)'
-	@echo 'make bench   discard benchmarks against the per-page rival'
 	@echo 'make qemu    QEMU with the library'"'"'s balloon device, from Debian'"'"'s source package, in target/qemu'
 	@echo 'make bench-vmm  that device against QEMU'"'"'s own, in one QEMU with one guest'
 	@echo 'make install library, header, programs, manual pages: PREFIX=/usr/local, DESTDIR=, LIBDIR='
@@ -74,7 +74,8 @@ demo: build
 	target/release/aerostat-demo --guest $(GUEST) --out target/demo
 
 bench: build
-	$(CARGO) bench --workspace --exclude aerostat-fuzz --bench discard
+	$(CARGO) build --release -p aerostat-vhost-user --features bench --bin aerostat-vhost-user-rival
+	$(CARGO) bench -p aerostat-tests --bench figures -- $(if $(QUICK),--quick)
 
 qemu: build
 	scripts/build-qemu

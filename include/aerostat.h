@@ -1280,8 +1280,8 @@ int aerostat_device_query(const struct aerostat_device *device, struct aerostat_
 /**
  * Lets inflated pages wait before they are discarded, so that many go at once: until limit_bytes wait,
  * until the first of them has waited delay_ms, or until the target is reached. A guest that inflates
- * is acknowledged at once. 32 MiB and 10 ms suit stock guests; limit_bytes 0 (the default) discards
- * before each acknowledgement.
+ * is acknowledged at once, as long as no more than twice limit_bytes wait. 128 MiB and 10 ms suit stock
+ * guests; limit_bytes 0 (the default) discards before each acknowledgement.
  *
  * It takes effect while AEROSTAT_FEATURE_MUST_TELL_HOST is negotiated: then a guest does not use pages
  * of the balloon before their deflate is acknowledged (requirement S7). Pages that wait count as

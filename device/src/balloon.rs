@@ -7,9 +7,10 @@ mod refusal;
 mod report;
 mod write_behind;
 
-use crate::discard::Discarder;
 use crate::discard::plan::Piece;
+use crate::discard::restore::restore;
 use crate::discard::window::Window;
+use crate::discard::{DeflateOptions, Discarder};
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, PfnRange, Region};
 use crate::metrics::{Books, Counters, Entry, Flow};
 use crate::pages::frames::Frames;
@@ -59,6 +60,8 @@ pub(crate) struct Balloon {
     discarder: Discarder,
     inhibited: bool,
     window: Window,
+    /// What is done for pages that the guest takes back.
+    deflate: DeflateOptions,
     /// Whether somebody waits for the device to stand still.
     waiting: Arc<Waiting>,
     /// Kept between calls for its allocation only.
@@ -78,6 +81,7 @@ impl Balloon {
             ballooned_pages: 0,
             discarder,
             inhibited: false,
+            deflate: DeflateOptions::default(),
             waiting: Arc::default(),
             pieces: Vec::new(),
             taken: Vec::new(),
@@ -169,6 +173,9 @@ impl Balloon {
     /// The guest wants `ranges` back: sorted and disjoint. From now on they are never discarded.
     pub(crate) fn take(&mut self, ranges: &[PfnRange], duplicate_pages: u64, books: &Books) {
         self.land_before(ranges);
+        let restores = self.deflate.is_any() && !self.inhibited;
+        let mut returned = std::mem::take(&mut self.pieces);
+        returned.clear();
         books.enter(|entry| {
             bump(
                 &mut entry.device().rejected_take_bytes,
@@ -183,8 +190,17 @@ impl Balloon {
                         return;
                     };
                     let mut taken_pages = 0;
+                    let mut take = |run: PfnRange| {
+                        taken_pages += run.pages();
+                        if restores && !region.pinned {
+                            returned.push(Piece {
+                                region: index,
+                                range: run,
+                            });
+                        }
+                    };
                     if region.pages_per_frame() == 1 {
-                        bitmap.remove(range, |run| taken_pages += run.pages());
+                        bitmap.remove(range, take);
                         let flow = &mut entry.node(region.node).balloon;
                         window.remove(index, range, |run| {
                             lower(&mut flow.pending_bytes, run.bytes());
@@ -196,7 +212,7 @@ impl Balloon {
                             // A frame that waits to be discarded no longer does: it is held again.
                             window.remove(index, frame, |run| open.waiting_bytes += run.bytes());
                             bitmap.remove(frame.intersection(range), |run| {
-                                taken_pages += run.pages();
+                                take(run);
                                 open.after_pages -= run.pages();
                             });
                         }
@@ -215,12 +231,23 @@ impl Balloon {
                 open.close(entry);
             }
         });
+        let ownership = &mut self.ownership;
+        restore(&self.memory, &returned, self.deflate, |region, range| {
+            let bitmap = ownership.region(region);
+            bitmap.map_or(0, |bitmap| bitmap.count(range))
+        });
+        self.pieces = returned;
+    }
+
+    /// Changes what is done for pages that the guest takes back.
+    pub(crate) fn set_deflate(&mut self, options: DeflateOptions) {
+        self.deflate = options;
     }
 
     /// The balloon is empty again: the guest owns every page (device reset). What waits is not
     /// discarded any more.
     pub(crate) fn reset(&mut self, books: &Books) {
-        self.wait_for_flight();
+        self.wait_for_flights();
         let load = self.window.unload(&self.memory, &mut self.ownership);
         books.enter(|entry| {
             for piece in &load.exact {

@@ -5,6 +5,7 @@
 //! flight: the lock is the drain barrier of pause, reset, inhibit and the memory table (I2). What
 //! vCPU threads and monitors need without waiting (configuration space, target, state) is outside.
 
+mod extras;
 mod host_reset;
 
 use crate::balloon::{Balloon, bump};

@@ -33,13 +33,17 @@ mod saved_state;
 mod saving;
 mod service;
 mod sync;
+pub mod trace;
 
 pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
-pub use discard::WriteBehind;
+pub use discard::{DeflateOptions, WriteBehind};
 pub use error::{Error, Result};
 pub use history::{History, HistoryEntry, HistoryEvent};
 pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};
 pub use protocol::{DeviceKind, HintState};
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub use ring::bench::BenchRing;
 pub use ring::source::{Completion, Element};
 pub use runtime::{Runtime, RuntimeConfig};

@@ -1,6 +1,7 @@
 //! What a worker does with a device, and the state that it needs the lock for.
 
 mod elements;
+mod linger;
 pub(crate) mod lock;
 pub(crate) mod queues;
 mod turnstile;
@@ -16,8 +17,10 @@ use crate::metrics::Books;
 use crate::protocol::contract::{ASKED, Broken, Notice, Protocol, Turn};
 use crate::ring::source::{Completion, Element, ElementQueue, RingQueue, Source};
 use crate::ring::{Ring, RingFeatures};
-use crate::runtime::{Pool, Runtime, Scratch, Servable, Timer};
+use crate::runtime::{Patience, Pool, Runtime, Scratch, Servable, Timer};
+use crate::trace::Tape;
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use linger::Attention;
 use lock::ServiceLock;
 use parking_lot::Mutex;
 use queues::{Queue, Queues, position_of};
@@ -32,6 +35,9 @@ use turnstile::Turnstile;
 /// its device for ever must not be able to fill a log (I3).
 const MAX_LOGGED_BREAKS: u64 = 20;
 
+/// The kicks that more may follow soon: those of queues.
+const LINGERING: u32 = 0xff;
+
 /// Everything that serving changes.
 #[derive(Debug)]
 pub(crate) struct Service {
@@ -43,6 +49,7 @@ pub(crate) struct Service {
     pub(crate) restored: Option<Vec<Option<QueuePosition>>>,
     pub(crate) write_behind: WriteBehind,
     pub(crate) queues: Queues,
+    attention: Attention,
 }
 
 /// A device as its handle and the workers share it.
@@ -54,6 +61,8 @@ pub(crate) struct Shared {
     pub(crate) config_event: Option<EventFd>,
     pub(crate) books: Arc<Books>,
     pub(crate) history: Arc<History>,
+    /// What the guest gives and takes, while it is recorded.
+    pub(crate) tape: Tape,
     /// When pages that wait to be discarded are due.
     flush_due: Mutex<Option<Instant>>,
     /// Locked from when it is found out what is due next until it is set so.
@@ -135,6 +144,7 @@ impl Service {
             balloon,
             scratch,
             books: &shared.books,
+            tape: &shared.tape,
             ballooned_bytes: &shared.ballooned_bytes,
             features: *features,
         };
@@ -164,6 +174,7 @@ impl Shared {
             restored: None,
             write_behind: WriteBehind::default(),
             queues: Queues::new(protocol.kind().queues()),
+            attention: Attention::default(),
         };
         Ok(Arc::new_cyclic(|this| Self {
             this: Weak::clone(this),
@@ -172,6 +183,7 @@ impl Shared {
             config_event,
             books: Arc::new(Books::new(usize::try_from(runtime.nodes()).unwrap_or(1))),
             history,
+            tape: Tape::default(),
             flush_due: Mutex::new(None),
             timer: Mutex::new(timer),
             service: ServiceLock::new(service),
@@ -404,10 +416,11 @@ impl Shared {
             .enter(|entry| bump(&mut entry.device().broken_rings, 1));
     }
 
-    /// One turn under the lock; returns the queues that have more.
-    fn turn(&self, scratch: &mut Scratch) -> u32 {
+    /// One turn under the lock, with the queues that were `seen` to have something; returns those that have
+    /// more.
+    fn turn(&self, seen: u32, scratch: &mut Scratch) -> u32 {
         let mut service = self.service.lock();
-        let mut work = self.turnstile.collect();
+        let mut work = self.turnstile.collect() | seen;
         if work & (1 << Self::TIMER) != 0 {
             work |= self.on_timer();
         }
@@ -415,6 +428,10 @@ impl Shared {
         if service.state != DeviceState::Active {
             self.tend_window(&mut service);
             return 0;
+        }
+        let rings = work & service.queues.started();
+        if rings != 0 {
+            service.attention.woken();
         }
         let before = self.ballooned_bytes.load(Ordering::Acquire);
         let more = service.run(work, self, scratch).unwrap_or_else(|broken| {
@@ -432,6 +449,9 @@ impl Shared {
         if service.state == DeviceState::NeedsReset {
             self.record(HistoryEvent::NeedsReset);
             self.signal_config();
+        }
+        if rings != 0 && more == 0 {
+            service.attention.served();
         }
         more
     }
@@ -458,9 +478,13 @@ impl Servable for Shared {
         self.wake(1 << queue)
     }
 
-    fn serve(&self, scratch: &mut Scratch) -> bool {
+    fn serve(&self, scratch: &mut Scratch, patience: &Patience<'_>) -> bool {
         let guard = Scheduled(self);
-        let more = self.turn(scratch);
+        let queues = self.turnstile.noted() & LINGERING;
+        let mut more = self.turn(0, scratch);
+        if more == 0 && queues != 0 {
+            more = self.linger(queues, scratch, patience);
+        }
         drop(guard);
         self.turnstile.leave(more, || !self.submitted.1.is_empty())
     }

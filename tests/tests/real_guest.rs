@@ -90,13 +90,13 @@ impl Scene {
         self.guest.host_memory_bytes().unwrap()
     }
 
-    /// Fills the guest: data that must survive, and the rest written to once.
+    /// Fills the guest: data that must survive; and all its memory is on the host.
     fn fill(&mut self) -> WorkingSet {
         let set = self
             .guest
             .make_working_set("data", WORKING_SET_MIB)
             .unwrap();
-        self.guest.touch_unused_memory().unwrap();
+        self.guest.populate_host_memory().unwrap();
         set
     }
 

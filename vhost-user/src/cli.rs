@@ -58,8 +58,13 @@ pub(crate) struct Arguments {
 
     /// Discard inflated pages behind the guest's back, this many MiB at a time, if its driver tells
     /// before it uses them again (must-tell-host); 0 discards before each acknowledgement.
-    #[arg(long, value_name = "MIB", default_value_t = 32, value_parser = clap::value_parser!(u32).range(0..=65536))]
+    #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = clap::value_parser!(u32).range(0..=65536))]
     pub(crate) write_behind: u32,
+
+    /// Record here what a guest gives and takes, page by page, for benchmarks; the first file belongs to
+    /// the first --socket-path, and so on. Each session begins it anew.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record: Vec<PathBuf>,
 
     /// Print what this program can do as JSON, and exit.
     #[arg(long)]
@@ -82,14 +87,17 @@ impl Arguments {
 
     /// What clap cannot check.
     pub(crate) fn check(&self) -> Result<(), String> {
-        if self.control_path.len() > self.socket_path.len() {
-            return Err(format!(
-                "{} --control-path for {} --socket-path: each control socket belongs to a socket",
-                self.control_path.len(),
-                self.socket_path.len()
-            ));
+        let sockets = self.socket_path.len();
+        let given = [
+            ("--control-path", self.control_path.len()),
+            ("--record", self.record.len()),
+        ];
+        match given.into_iter().find(|(_, count)| *count > sockets) {
+            Some((option, count)) => Err(format!(
+                "{count} {option} for {sockets} --socket-path: each belongs to a socket"
+            )),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 

@@ -44,6 +44,20 @@ use std::time::Duration;
 /// The program `aerostat-vhost-user`.
 #[must_use]
 pub fn main() -> ExitCode {
+    start(Runtime::new)
+}
+
+/// A rival for benchmarks: the same program with a system call a page.
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+#[must_use]
+pub fn main_of_rival() -> ExitCode {
+    start(Runtime::one_call_a_page)
+}
+
+type MakeRuntime = fn(&RuntimeConfig) -> aerostat_device::Result<Arc<Runtime>>;
+
+fn start(runtime: MakeRuntime) -> ExitCode {
     let arguments = Arguments::parse();
     let filter = env_logger::Env::new().filter_or("AEROSTAT_LOG", "info");
     env_logger::Builder::from_env(filter)
@@ -56,7 +70,7 @@ pub fn main() -> ExitCode {
     let result = arguments
         .check()
         .map_err(Into::into)
-        .and_then(|()| run(&arguments));
+        .and_then(|()| run(&arguments, runtime));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -84,7 +98,12 @@ pub fn serve_one(runtime: &Arc<Runtime>, front_end: UnixStream) {
         installed.and_then(|()| Wake::new()).ok()
     });
     if let Some(shutdown) = shutdown {
-        let vm = Vm::new(String::from("fuzz"), Arc::clone(runtime), Offer::default());
+        let vm = Vm::new(
+            String::from("fuzz"),
+            Arc::clone(runtime),
+            Offer::default(),
+            None,
+        );
         // Whatever a front-end says ends its session at worst.
         let _ = session::serve(&vm, front_end, shutdown.as_fd());
     }
@@ -99,7 +118,7 @@ fn print_capabilities() {
     );
 }
 
-fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+fn run(arguments: &Arguments, runtime: MakeRuntime) -> Result<(), Box<dyn Error>> {
     raise_descriptor_limit();
     // Before there are threads: the socket files' mode goes through the umask.
     let bind = |path: &std::path::PathBuf| Listener::bind(path, arguments.socket_mode);
@@ -117,15 +136,20 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     // Each virtual machine has room of its own: none can use up another's.
     sigbus::install(arguments.socket_path.len() * session::MAX_MAPPINGS)?;
     let shutdown = Arc::new(Wake::new()?);
-    let runtime = Runtime::new(&RuntimeConfig {
+    let runtime = runtime(&RuntimeConfig {
         workers_per_node: arguments.workers,
     })?;
 
-    let mut controls = controls.into_iter();
+    let (mut controls, mut records) = (controls.into_iter(), arguments.record.iter().cloned());
     let mut threads = Vec::new();
     for socket in sockets {
         let name = socket.path().display().to_string();
-        let vm = Vm::new(name, Arc::clone(&runtime), arguments.offer());
+        let vm = Vm::new(
+            name,
+            Arc::clone(&runtime),
+            arguments.offer(),
+            records.next(),
+        );
         if let Some(control) = controls.next() {
             let (vm, shutdown) = (Arc::clone(&vm), Arc::clone(&shutdown));
             threads.push(spawn("control", move || {

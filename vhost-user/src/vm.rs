@@ -13,8 +13,10 @@ use aerostat_device::{
     HistoryEntry, Runtime, WriteBehind,
 };
 use parking_lot::Mutex;
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -89,6 +91,8 @@ pub(crate) struct Vm {
     pub(crate) name: String,
     runtime: Arc<Runtime>,
     offer: Offer,
+    /// Where what its guest gives and takes is recorded.
+    record: Option<PathBuf>,
     state: Mutex<State>,
     history: Arc<History>,
     /// Who wants to know that the driver's `actual` changed.
@@ -128,12 +132,20 @@ pub(crate) struct Snapshot {
 }
 
 impl Vm {
-    pub(crate) fn new(name: String, runtime: Arc<Runtime>, offer: Offer) -> Arc<Self> {
+    /// A virtual machine that nobody has connected for yet; `record` is where what its guest gives and
+    /// takes is recorded.
+    pub(crate) fn new(
+        name: String,
+        runtime: Arc<Runtime>,
+        offer: Offer,
+        record: Option<PathBuf>,
+    ) -> Arc<Self> {
         let past = Books::new(runtime.nodes());
         Arc::new(Self {
             name,
             runtime,
             offer,
+            record,
             state: Mutex::new(State {
                 attached: None,
                 target_bytes: 0,
@@ -165,6 +177,7 @@ impl Vm {
             Arc::clone(&self.history),
         )?;
         device.set_write_behind(self.offer.write_behind);
+        self.record(&device);
         let mut state = self.state.lock();
         if state.target_bytes > 0 {
             device.set_target_bytes(state.target_bytes)?;
@@ -182,9 +195,23 @@ impl Vm {
         Ok(attached)
     }
 
+    /// Begins a recording, if there is to be one. A file that cannot be written is no reason to turn a
+    /// guest away.
+    fn record(&self, device: &Device) {
+        if let Some(path) = &self.record {
+            let begun = File::create(path).and_then(|file| device.record(Some(file)));
+            if let Err(error) = begun {
+                log::warn!("{}: recording to {}: {error}", self.name, path.display());
+            }
+        }
+    }
+
     /// Ends a session: the balloon is empty again, and the books are kept.
     pub(crate) fn detach(&self, attached: &Attached) {
         attached.device.reset();
+        if let Err(error) = attached.device.record(None) {
+            log::warn!("{}: the recording is incomplete: {error}", self.name);
+        }
         let mut state = self.state.lock();
         state.past = state.past.clone().plus(&attached.device);
         state.attached = None;

@@ -6,11 +6,10 @@
 use super::{Account, Balloon, Piece, carry_out, in_regions};
 use crate::discard::window::{Flight, Load};
 use crate::discard::{Discarder, WriteBehind};
-use crate::memory::{GuestMemory, NodeId, PfnRange};
+use crate::memory::{GuestMemory, PfnRange};
 use crate::metrics::Books;
 use crate::pages::frames::Frames;
-use crossbeam_channel::Sender;
-use std::collections::BTreeMap;
+use crossbeam_channel::Receiver;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -34,121 +33,136 @@ impl Balloon {
     /// whose end is what to wait for.
     pub(crate) fn flush_deadline(&mut self) -> Option<Instant> {
         self.window.land();
-        if self.window.flight().is_some() {
-            None
-        } else {
+        if self.window.flights().is_empty() {
             self.window.deadline()
+        } else {
+            None
         }
     }
 
-    /// Flushes the window if it is due, or if nothing more is to be expected (`settled`): a worker does
-    /// it while the guest goes on, and calls `landed` when it is done. Waits only for an earlier flush
-    /// that the guest outran.
+    /// Flushes the window if it is due, or if nothing more is to be expected (`settled`): workers do it
+    /// part by part while the guest goes on, and call `landed` after each, upon which this is to be called
+    /// again. Waits only for a guest that outruns the flush.
     pub(crate) fn flush_if_due(
         &mut self,
         settled: bool,
         books: &Arc<Books>,
-        landed: impl FnOnce() + Send + Sync + 'static,
+        landed: impl Fn() + Clone + Send + 'static,
     ) {
         self.window.land();
-        if self.window.is_empty() || !(settled || self.window.is_due()) {
-            return;
-        }
-        if self.window.flight().is_some() {
-            if !self.window.is_overfull() {
+        while self.window.flushes(settled) {
+            while self.launch_part(settled, books, &landed) {}
+            let earliest = self
+                .window
+                .flights()
+                .first()
+                .map(|flight| flight.done.clone());
+            let (true, Some(done)) = (self.window.is_overfull(), earliest) else {
                 return;
-            }
-            self.wait_for_flight();
+            };
+            self.wait_for(&done);
         }
-        let load = self.window.unload(&self.memory, &mut self.ownership);
-        let Some(pool) = self.discarder.pool() else {
-            load.carry_out(&self.memory, &self.discarder, books);
-            return;
+    }
+
+    /// Has a worker discard a part of what waits; false if none is left, or enough are at it.
+    fn launch_part(
+        &mut self,
+        settled: bool,
+        books: &Arc<Books>,
+        landed: &(impl Fn() + Clone + Send + 'static),
+    ) -> bool {
+        let Some(pool) = self.discarder.pool().map(Arc::clone) else {
+            self.drain(books);
+            return false;
+        };
+        // Where processors are scarce the worker that serves the guest does it between kicks.
+        let most = if settled || pool.has_spare() {
+            pool.workers() as usize
+        } else {
+            1
+        };
+        let under_way = self.window.flights().len();
+        if under_way >= most {
+            return false;
+        }
+        let (memory, discarder) = (&self.memory, &self.discarder);
+        let busy: Vec<usize> = self.window.flights().iter().map(Flight::region).collect();
+        let may = |region| {
+            // Punching holes holds the inode's lock exclusively: one worker a file.
+            discarder.scales(memory, region)
+                || !busy
+                    .iter()
+                    .any(|other| memory.file_id(*other) == memory.file_id(region))
+        };
+        // Each node's memory is discarded by its own workers, side by side.
+        let node = |region: usize| memory.regions().get(region).and_then(|region| region.node);
+        let other_node = |region| may(region) && !busy.iter().any(|at| node(*at) == node(region));
+        let window = &mut self.window;
+        let load = window
+            .slice(memory, &mut self.ownership, other_node)
+            .or_else(|| window.slice(memory, &mut self.ownership, may));
+        let Some(load) = load else {
+            return false;
         };
         let (end, done) = crossbeam_channel::bounded(0);
-        let pieces = load.bridged.clone();
-        let landing = Arc::new(Landing {
-            end: Some(end),
-            landed: Some(landed),
+        let (memory, books) = (Arc::clone(memory), Arc::clone(books));
+        let (discarder, pieces, landed) = (discarder.alone(), load.bridged.clone(), landed.clone());
+        let node = pieces.first().and_then(|piece| self.node(piece));
+        let part = Box::new(move || {
+            load.carry_out(&memory, &discarder, &books);
+            // Whoever waits may unmap the memory as soon as the channel closes.
+            drop(memory);
+            drop::<crossbeam_channel::Sender<()>>(end);
+            landed();
         });
-        for (node, load) in load.by_node(&self.memory) {
-            let (memory, books) = (Arc::clone(&self.memory), Arc::clone(books));
-            let (discarder, landing) = (self.discarder.alone(), Arc::clone(&landing));
-            pool.spawn(
-                node,
-                Box::new(move || {
-                    load.carry_out(&memory, &discarder, &books);
-                    // Whoever waits may unmap the memory as soon as the last part lands.
-                    drop(memory);
-                    drop(landing);
-                }),
-            );
+        self.window.launch(Flight { pieces, done });
+        if under_way == 0 && !pool.has_spare() {
+            pool.spawn_here(node, part);
+        } else {
+            pool.spawn(node, part);
         }
-        self.window.set_flight(Some(Flight { pieces, done }));
+        true
     }
 
     /// Returns when nothing is pending: every acknowledged page is discarded.
     pub(crate) fn drain(&mut self, books: &Books) {
-        self.wait_for_flight();
+        self.wait_for_flights();
         let load = self.window.unload(&self.memory, &mut self.ownership);
         load.carry_out(&self.memory, &self.discarder, books);
     }
 
-    pub(super) fn wait_for_flight(&mut self) {
-        if let (Some(flight), Some(pool)) = (self.window.flight(), self.discarder.pool()) {
-            pool.wait_helping(&flight.done);
+    pub(super) fn wait_for_flights(&mut self) {
+        while let Some(flight) = self.window.flights().first() {
+            let done = flight.done.clone();
+            self.wait_for(&done);
         }
-        self.window.set_flight(None);
     }
 
-    /// Waits for a flush that has pages of `ranges`.
+    fn wait_for(&mut self, done: &Receiver<()>) {
+        if let Some(pool) = self.discarder.pool() {
+            pool.wait_helping(done);
+        }
+        self.window.land();
+    }
+
+    /// Waits for parts of a flush that have pages of `ranges`.
     pub(super) fn land_before(&mut self, ranges: &[PfnRange]) {
         let held = |range: &PfnRange| {
             let mut held = false;
             in_regions(&self.memory, *range, |index, region, range| {
                 // Frames are discarded as a whole.
                 let range = Frames::of(region).around(range);
-                held |= self.window.flight_with(index, range).is_some();
+                held |= self.window.is_in_flight(index, range);
             });
             held
         };
-        if self.window.flight().is_some() && ranges.iter().any(held) {
-            self.wait_for_flight();
-        }
-    }
-}
-
-/// What happens when the last part of a flush is done.
-struct Landing<F: FnOnce()> {
-    end: Option<Sender<()>>,
-    landed: Option<F>,
-}
-
-impl<F: FnOnce()> Drop for Landing<F> {
-    fn drop(&mut self) {
-        // The channel closes first: whoever is called may look at it.
-        drop(self.end.take());
-        if let Some(landed) = self.landed.take() {
-            landed();
+        if !self.window.flights().is_empty() && ranges.iter().any(held) {
+            self.wait_for_flights();
         }
     }
 }
 
 impl Load {
-    /// A load for each host node that has pages of it, so that each is discarded by its own workers.
-    fn by_node(self, memory: &GuestMemory) -> BTreeMap<Option<NodeId>, Self> {
-        let regions = memory.regions();
-        let node = |piece: &Piece| regions.get(piece.region).and_then(|region| region.node);
-        let mut loads: BTreeMap<_, Self> = BTreeMap::new();
-        for piece in self.exact {
-            loads.entry(node(&piece)).or_default().exact.push(piece);
-        }
-        for piece in self.bridged {
-            loads.entry(node(&piece)).or_default().bridged.push(piece);
-        }
-        loads
-    }
-
     /// Discards what was in the window.
     fn carry_out(&self, memory: &Arc<GuestMemory>, discarder: &Discarder, books: &Books) {
         carry_out(

@@ -7,8 +7,10 @@
 pub mod plan;
 mod primitive;
 pub mod probe;
+pub(crate) mod restore;
 pub(crate) mod window;
 
+pub use restore::DeflateOptions;
 pub use window::WriteBehind;
 
 use crate::memory::GuestMemory;
@@ -73,6 +75,12 @@ impl Discarder {
         Self::inline(Arc::clone(&self.capabilities))
     }
 
+    /// Whether two workers get through the memory of the region at `index` faster than one.
+    pub(crate) fn scales(&self, memory: &GuestMemory, index: usize) -> bool {
+        let region = memory.regions().get(index);
+        region.is_some_and(|region| plan::Primitive::of(region, &self.capabilities).scales())
+    }
+
     /// The pool that helps, if there is one.
     pub(crate) fn pool(&self) -> Option<&Arc<Pool>> {
         self.pool.as_ref()
@@ -82,6 +90,10 @@ impl Discarder {
     ///
     /// Every piece's memory is free when this returns, but for [`Outcome::failed`].
     pub fn discard(&self, memory: &Arc<GuestMemory>, pieces: &[Piece]) -> Outcome {
+        #[cfg(feature = "bench")]
+        if self.capabilities.one_call_a_page {
+            return self.discard_page_by_page(memory, pieces);
+        }
         let plan = Plan::new(memory, pieces, &self.capabilities);
         let mut tasks = Vec::new();
         for batch in plan.batches {
@@ -112,6 +124,27 @@ impl Discarder {
                     outcome.absorb(run(memory, &self.capabilities, batch));
                 }
             }
+        }
+        outcome
+    }
+
+    /// What others do: a call a page, and nothing else.
+    #[cfg(feature = "bench")]
+    fn discard_page_by_page(&self, memory: &GuestMemory, pieces: &[Piece]) -> Outcome {
+        let mut outcome = Outcome::default();
+        for mut batch in Plan::new(memory, pieces, &self.capabilities).batches {
+            const PAGE: u64 = crate::memory::BALLOON_PAGE_BYTES;
+            let pages = |range: &plan::HostRange| {
+                let (region, end) = (range.region, range.start + range.len);
+                let page = move |start| plan::HostRange {
+                    start,
+                    len: PAGE,
+                    region,
+                };
+                (range.start..end).step_by(4096).map(page)
+            };
+            batch.ranges = batch.ranges.iter().flat_map(pages).collect();
+            outcome.absorb(run(memory, &self.capabilities, &batch));
         }
         outcome
     }

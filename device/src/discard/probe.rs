@@ -12,6 +12,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 pub struct Capabilities {
     /// A descriptor of this process through which vectored `MADV_DONTNEED` works on ourselves.
     pub process_madvise: Option<OwnedFd>,
+    /// Make a system call a page, as others do.
+    #[cfg(feature = "bench")]
+    pub(super) one_call_a_page: bool,
 }
 
 impl Capabilities {
@@ -20,6 +23,17 @@ impl Capabilities {
     pub fn none() -> Self {
         Self {
             process_madvise: None,
+            #[cfg(feature = "bench")]
+            one_call_a_page: false,
+        }
+    }
+
+    /// What others do: a call a page.
+    #[cfg(feature = "bench")]
+    pub(crate) fn one_call_a_page() -> Self {
+        Self {
+            one_call_a_page: true,
+            ..Self::none()
         }
     }
 
@@ -30,7 +44,9 @@ impl Capabilities {
     pub fn probe() -> Result<Self> {
         let page = ProbePages::new()?;
         let process_madvise = open_own_process().filter(|pidfd| page.vectored_advice_works(pidfd));
-        Ok(Self { process_madvise })
+        let mut capabilities = Self::none();
+        capabilities.process_madvise = process_madvise;
+        Ok(capabilities)
     }
 }
 

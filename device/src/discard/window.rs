@@ -2,12 +2,12 @@
 //!
 //! With MUST_TELL_HOST the device may change a page of the balloon until it acknowledges the page's
 //! *deflate* (S7). So an inflate can be acknowledged at once, and its pages wait here, where runs from
-//! many buffers grow together. The window is flushed by a worker while the guest goes on; one flush is
-//! under way at most. Whoever takes a page back takes it out of the window first, or waits for the flush
-//! that has it (I1).
+//! many buffers grow together. The window is flushed in small parts by workers while the guest goes on.
+//! Whoever takes a page back takes it out of the window first, or waits for the part that has it (I1).
 
 use super::plan::Piece;
-use crate::memory::{GuestMemory, PfnRange};
+use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, Pfn, PfnRange};
+use crate::pages::frames::Frames;
 use crate::pages::ownership::Ownership;
 use crossbeam_channel::Receiver;
 use std::time::{Duration, Instant};
@@ -22,9 +22,11 @@ pub struct WriteBehind {
 }
 
 impl WriteBehind {
-    /// A setting that serves stock guests: large enough for long runs, back on the host soon.
+    /// A setting that serves stock guests: a burst of inflation (hosts move by 256 MiB and less at a time)
+    /// is acknowledged without a wait, and what waits is back on the host within some 50 ms, which a
+    /// kernel needs for twice the limit of a memfd's pages.
     pub const RECOMMENDED: Self = Self {
-        limit_bytes: 32 << 20,
+        limit_bytes: 128 << 20,
         delay: Duration::from_millis(10),
     };
 }
@@ -32,16 +34,28 @@ impl WriteBehind {
 /// The most empty pages between two runs that are discarded once more to save a system call's range.
 const MAX_BRIDGE_PAGES: u64 = 16;
 
-/// A flush under way.
+/// What of a region is discarded at a time, in frames: 2 MiB of small pages, which takes some 0.1 ms, so
+/// that kicks, and deflates that want one of these pages, wait no longer. Huge frames go much faster.
+const SLICE_PAGES: u64 = 512;
+const SLICE_FRAMES: u64 = 16;
+/// And no more runs than this, as a run may cost as much as 64 KiB of pages side by side.
+const SLICE_RUNS: usize = 128;
+
+/// A part of the window that is being discarded.
 #[derive(Debug)]
 pub(crate) struct Flight {
-    /// What is being discarded, in ascending order.
+    /// What is being discarded, in ascending order, of one region.
     pub(crate) pieces: Vec<Piece>,
     /// Closed when it is done.
     pub(crate) done: Receiver<()>,
 }
 
 impl Flight {
+    /// The region that its pages are in.
+    pub(crate) fn region(&self) -> usize {
+        self.pieces.first().map_or(usize::MAX, |piece| piece.region)
+    }
+
     /// Whether any page of `range`, in the region at `region`, is being discarded.
     fn holds(&self, region: usize, range: PfnRange) -> bool {
         let first = self
@@ -71,7 +85,9 @@ pub(crate) struct Window {
     touched: Vec<Option<PfnRange>>,
     waiting_bytes: u64,
     since: Option<Instant>,
-    flight: Option<Flight>,
+    /// What is still to be taken out of what waited when the flush began; 0 if none is under way.
+    flushing_bytes: u64,
+    flights: Vec<Flight>,
 }
 
 impl Window {
@@ -83,7 +99,8 @@ impl Window {
             touched: vec![None; memory.regions().len()],
             waiting_bytes: 0,
             since: None,
-            flight: None,
+            flushing_bytes: 0,
+            flights: Vec::new(),
         }
     }
 
@@ -116,10 +133,18 @@ impl Window {
             .and_then(|since| since.checked_add(self.setting.delay))
     }
 
-    /// Whether it holds as much as it should, or what waits has waited long enough.
-    pub(crate) fn is_due(&self) -> bool {
-        let full = self.waiting_bytes >= self.setting.limit_bytes;
-        !self.is_empty() && (full || self.deadline().is_none_or(|due| Instant::now() >= due))
+    /// Begins to flush what waits if it is as much as there should be, or has waited long enough, or is
+    /// not to wait any more (`now`); true while there is more to flush.
+    pub(crate) fn flushes(&mut self, now: bool) -> bool {
+        let due = || {
+            let full = self.waiting_bytes >= self.setting.limit_bytes;
+            full || self.deadline().is_none_or(|due| Instant::now() >= due)
+        };
+        if !self.is_empty() && (now || self.flushing_bytes == 0 && due()) {
+            self.flushing_bytes = self.waiting_bytes;
+            self.since = None;
+        }
+        self.flushing_bytes > 0
     }
 
     /// Whether it holds so much that more has to wait for the flush under way.
@@ -166,69 +191,131 @@ impl Window {
         }
     }
 
-    /// The flush under way, if it may hold pages of `range`.
-    pub(crate) fn flight_with(&self, region: usize, range: PfnRange) -> Option<&Flight> {
-        self.flight
-            .as_ref()
-            .filter(|flight| flight.holds(region, range))
+    /// Whether a part under way may hold pages of `range`.
+    pub(crate) fn is_in_flight(&self, region: usize, range: PfnRange) -> bool {
+        self.flights
+            .iter()
+            .any(|flight| flight.holds(region, range))
     }
 
-    /// The flush under way.
-    pub(crate) fn flight(&self) -> Option<&Flight> {
-        self.flight.as_ref()
+    /// The parts that are under way.
+    pub(crate) fn flights(&self) -> &[Flight] {
+        &self.flights
     }
 
-    /// Notes a flush, or that there is none any more.
-    pub(crate) fn set_flight(&mut self, flight: Option<Flight>) {
-        self.flight = flight;
+    /// Notes a part that is under way.
+    pub(crate) fn launch(&mut self, flight: Flight) {
+        self.flights.push(flight);
     }
 
-    /// Forgets a flush that is done.
+    /// Forgets parts that are done.
     pub(crate) fn land(&mut self) {
-        let done = |flight: &Flight| {
-            flight.done.try_recv() == Err(crossbeam_channel::TryRecvError::Disconnected)
+        let under_way = |flight: &Flight| {
+            flight.done.try_recv() != Err(crossbeam_channel::TryRecvError::Disconnected)
         };
-        if self.flight.as_ref().is_some_and(done) {
-            self.flight = None;
-        }
+        self.flights.retain(under_way);
+    }
+
+    /// Takes out the next part of what waits, of a region that `may` be discarded now. `owned` says which
+    /// pages are in the balloon.
+    pub(crate) fn slice(
+        &mut self,
+        memory: &GuestMemory,
+        owned: &mut Ownership,
+        may: impl Fn(usize) -> bool,
+    ) -> Option<Load> {
+        let waits = |region: &usize| self.touched.get(*region).is_some_and(Option::is_some);
+        let region = (0..self.touched.len()).find(|region| waits(region) && may(*region))?;
+        let load = self.take_from(region, true, memory, owned);
+        let bytes: u64 = load.exact.iter().map(|piece| piece.range.bytes()).sum();
+        self.flushing_bytes = self
+            .flushing_bytes
+            .saturating_sub(bytes)
+            .min(self.waiting_bytes);
+        Some(load)
     }
 
     /// Empties the window. `owned` says which pages are in the balloon.
     pub(crate) fn unload(&mut self, memory: &GuestMemory, owned: &mut Ownership) -> Load {
         let mut load = Load::default();
-        self.since = None;
-        if self.is_empty() {
-            return load;
+        for region in 0..self.touched.len() {
+            let part = self.take_from(region, false, memory, owned);
+            load.exact.extend(part.exact);
+            load.bridged.extend(part.bridged);
         }
-        self.waiting_bytes = 0;
-        for (region, of_memory) in memory.regions().iter().enumerate() {
-            let touched = self.touched.get_mut(region).and_then(Option::take);
-            let bitmap = self.waiting.region(region);
-            let (Some(bitmap), Some(touched)) = (bitmap, touched) else {
-                continue;
+        self.since = None;
+        self.flushing_bytes = 0;
+        load
+    }
+
+    /// Takes what waits of a region, or the first part of it.
+    fn take_from(
+        &mut self,
+        region: usize,
+        slice: bool,
+        memory: &GuestMemory,
+        owned: &mut Ownership,
+    ) -> Load {
+        let mut load = Load::default();
+        let bitmap = self.waiting.region(region);
+        let place = self.touched.get_mut(region);
+        let (Some(bitmap), Some(place), Some(of_memory), Some(owned)) = (
+            bitmap,
+            place,
+            memory.regions().get(region),
+            owned.region(region),
+        ) else {
+            return load;
+        };
+        let Some(touched) = place.take() else {
+            return load;
+        };
+        let frame = of_memory.pages_per_frame();
+        let step = if frame == 1 {
+            SLICE_PAGES
+        } else {
+            SLICE_FRAMES * frame
+        };
+        // No huge page is cut in two.
+        let frames = Frames::of(of_memory);
+        let (mut at, mut pages) = (touched.start, 0);
+        while at < touched.end && !(slice && (pages >= step || load.exact.len() >= SLICE_RUNS)) {
+            let step = PfnRange {
+                start: at,
+                end: Pfn((at.0 / step + 1) * step).min(touched.end),
             };
-            bitmap.remove(touched, |range| load.exact.push(Piece { region, range }));
-            // Huge frames are bridged by whole frames or not at all.
-            let reach = MAX_BRIDGE_PAGES.max(of_memory.pages_per_frame());
-            let Some(owned) = owned.region(region) else {
-                continue;
-            };
-            let first = load.exact.partition_point(|piece| piece.region < region);
-            for piece in load.exact.iter().skip(first) {
-                match load.bridged.last_mut().filter(|last| last.region == region) {
-                    Some(last) => {
-                        let gap = PfnRange {
-                            start: last.range.end,
-                            end: piece.range.start,
-                        };
-                        if gap.pages() <= reach && owned.count(gap) == gap.pages() {
-                            last.range.end = piece.range.end;
-                        } else {
-                            load.bridged.push(*piece);
-                        }
-                    }
-                    None => load.bridged.push(*piece),
+            let end = frames.around(step).end.min(touched.end);
+            bitmap.remove(PfnRange { start: at, end }, |range| {
+                pages += range.pages();
+                match load
+                    .exact
+                    .last_mut()
+                    .filter(|last| last.range.end == range.start)
+                {
+                    Some(last) => last.range.end = range.end,
+                    None => load.exact.push(Piece { region, range }),
                 }
+            });
+            at = end;
+        }
+        if at < touched.end {
+            *place = Some(PfnRange {
+                start: at,
+                end: touched.end,
+            });
+        }
+        self.waiting_bytes -= pages << BALLOON_PAGE_SHIFT;
+        // Huge frames are bridged by whole frames or not at all.
+        let reach = MAX_BRIDGE_PAGES.max(frame);
+        for piece in &load.exact {
+            let gap = |last: &Piece| PfnRange {
+                start: last.range.end,
+                end: piece.range.start,
+            };
+            let empty = |gap: PfnRange| gap.pages() <= reach && owned.count(gap) == gap.pages();
+            match load.bridged.last_mut() {
+                Some(last) if empty(gap(last)) => last.range.end = piece.range.end,
+                _ => load.bridged.push(*piece),
             }
         }
         load

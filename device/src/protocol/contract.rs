@@ -12,6 +12,7 @@ use crate::metrics::Books;
 use crate::ring::RingError;
 use crate::runtime::Scratch;
 use crate::service::queues::Queues;
+use crate::trace::Tape;
 use std::any::Any;
 use std::fmt::Debug;
 use std::sync::atomic::AtomicU64;
@@ -27,6 +28,8 @@ pub(crate) struct Turn<'a> {
     pub(crate) balloon: &'a mut Balloon,
     pub(crate) scratch: &'a mut Scratch,
     pub(crate) books: &'a Books,
+    /// What the guest gives and takes, while it is recorded.
+    pub(crate) tape: &'a Tape,
     /// The balloon's size, for those who must not wait for its lock.
     pub(crate) ballooned_bytes: &'a AtomicU64,
     /// What was negotiated.

@@ -5,6 +5,8 @@
 //! fault are told apart: a [`RingError`] leaves nothing to go on with (NEEDS_RESET, S4), while a
 //! fault inside a chain is acknowledged and counted (I3).
 
+#[cfg(feature = "bench")]
+pub(crate) mod bench;
 pub(crate) mod chain;
 mod indirect;
 mod packed;
@@ -136,6 +138,11 @@ impl Ring {
             None => self.position(),
             Some(token) => either!(self, ring => ring.position_before(token)),
         }
+    }
+
+    /// Whether the guest has made a chain available, or broken its index.
+    pub(crate) fn has_next(&self) -> bool {
+        either!(self, ring => ring.has_next())
     }
 
     /// Takes the next chain; `Ok(false)` if the guest has none.

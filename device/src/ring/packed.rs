@@ -185,6 +185,11 @@ impl PackedRing {
         (avail == place.wrap && used != place.wrap).then_some(flags)
     }
 
+    /// Whether the driver has made a chain available.
+    pub(crate) fn has_next(&self) -> bool {
+        self.available(self.next_avail).is_some()
+    }
+
     /// Takes the next chain; `Ok(false)` if the guest has none.
     pub(crate) fn pop(
         &mut self,
@@ -341,7 +346,7 @@ impl PackedRing {
             self.device.store_u16_release(EVENT_FLAGS, EVENT_ENABLE);
         }
         full_barrier();
-        self.available(self.next_avail).is_some()
+        self.has_next()
     }
 }
 

@@ -136,6 +136,11 @@ impl SplitRing {
         usize::from(index & (self.size - 1))
     }
 
+    /// Whether the guest's index shows a chain.
+    pub(crate) fn has_next(&self) -> bool {
+        self.avail.load_u16_acquire(RING_INDEX) != self.position.next_avail
+    }
+
     /// Takes the next chain; `Ok(false)` if the guest has none.
     pub(crate) fn pop(
         &mut self,
@@ -265,10 +270,18 @@ impl SplitRing {
         old.is_none_or(|old| super::passed(event, old, new))
     }
 
+    /// Where the available index is named at which the guest is to kick.
+    fn avail_event(&self) -> usize {
+        RING_ENTRIES + USED_ENTRY_BYTES * usize::from(self.size)
+    }
+
     /// Asks the guest not to kick while the ring is being served.
     pub(crate) fn suppress_kicks(&mut self) {
-        // With EVENT_IDX an event index that stays behind does the same (2.7.10).
-        if !self.features.event_idx {
+        if self.features.event_idx {
+            // An index that the guest has passed already (2.7.10).
+            let behind = self.position.next_avail.wrapping_sub(1);
+            self.used.store_u16_release(self.avail_event(), behind);
+        } else {
             self.used.store_u16_release(RING_FLAGS, USED_F_NO_NOTIFY);
         }
     }
@@ -277,13 +290,13 @@ impl SplitRing {
     /// kick for.
     pub(crate) fn want_kicks(&mut self) -> bool {
         if self.features.event_idx {
-            let event = RING_ENTRIES + USED_ENTRY_BYTES * usize::from(self.size);
-            self.used.store_u16_release(event, self.position.next_avail);
+            self.used
+                .store_u16_release(self.avail_event(), self.position.next_avail);
         } else {
             self.used.store_u16_release(RING_FLAGS, 0);
         }
         full_barrier();
-        self.avail.load_u16_acquire(RING_INDEX) != self.position.next_avail
+        self.has_next()
     }
 }
 

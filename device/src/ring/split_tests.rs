@@ -262,6 +262,23 @@ fn event_index_asks_and_answers() {
 }
 
 #[test]
+fn a_suppressed_event_index_is_one_that_the_guest_has_passed() {
+    let driver = Driver::new();
+    let mut ring = driver.ring(EVENT_IDX);
+    driver.desc(DESC, 0, 0x5000, 4, 0, 0);
+    driver.offer(0, 0, 1);
+    assert!(ring.has_next());
+    pop(&mut ring, &driver).unwrap().unwrap();
+    let avail_event = USED + 4 + 8 * u64::from(SIZE);
+    ring.suppress_kicks();
+    assert_eq!(driver.get_u16(avail_event), 0);
+    assert!(!super::super::passed(driver.get_u16(avail_event), 1, 2));
+    assert!(!ring.want_kicks());
+    assert_eq!(driver.get_u16(avail_event), 1);
+    assert!(super::super::passed(driver.get_u16(avail_event), 1, 2));
+}
+
+#[test]
 fn flags_suppress_in_both_directions() {
     let driver = Driver::new();
     let mut ring = driver.ring(RingFeatures::default());

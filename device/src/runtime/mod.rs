@@ -6,7 +6,7 @@
 //! device that is not finished, a part of a large discard) comes through lock-free channels, and an
 //! eventfd in the same epoll instance wakes a worker for it.
 //!
-//! System calls of the workers (for seccomp filters): epoll_wait, read, write, futex, madvise,
+//! System calls of the workers (for seccomp filters): epoll_wait, poll, read, write, futex, madvise,
 //! process_madvise, fallocate, sendto, timerfd_settime, rt_sigprocmask, sched_setaffinity, sched_yield, clock_gettime, mmap, munmap, exit.
 
 mod signals;
@@ -15,7 +15,7 @@ mod topology;
 mod worker;
 
 pub(crate) use timer::{Timer, monotonic_ns};
-pub(crate) use worker::{KickRegistration, Pool, Scratch, Servable};
+pub(crate) use worker::{KickRegistration, Patience, Pool, Scratch, Servable};
 
 use crate::discard::Discarder;
 use crate::discard::probe::Capabilities;
@@ -51,6 +51,20 @@ impl Runtime {
     /// # Errors
     /// Fails if threads or descriptors cannot be had.
     pub fn new(config: &RuntimeConfig) -> Result<Arc<Self>> {
+        Self::with_capabilities(config, Capabilities::probe()?)
+    }
+
+    /// A rival: its devices discard by a system call a page, in the thread that serves them.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    #[cfg(feature = "bench")]
+    #[doc(hidden)]
+    pub fn one_call_a_page(config: &RuntimeConfig) -> Result<Arc<Self>> {
+        Self::with_capabilities(config, Capabilities::one_call_a_page())
+    }
+
+    fn with_capabilities(config: &RuntimeConfig, capabilities: Capabilities) -> Result<Arc<Self>> {
         if config.workers_per_node > MAX_WORKERS_PER_NODE {
             return Err(Error::Invalid {
                 what: "workers_per_node",
@@ -58,7 +72,6 @@ impl Runtime {
                 expected: "at most 64",
             });
         }
-        let capabilities = Arc::new(Capabilities::probe()?);
         let host = topology::Host::discover();
         let workers = |node: &topology::Node| match config.workers_per_node {
             0 => node.processors.min(DEFAULT_WORKERS_PER_NODE),
@@ -68,7 +81,7 @@ impl Runtime {
         let pool = Arc::new(Pool::new(host, &counts)?);
         let mut runtime = Self {
             pool,
-            capabilities,
+            capabilities: Arc::new(capabilities),
             threads: Vec::new(),
         };
         let _blocked = signals::Blocked::new();

@@ -93,6 +93,11 @@ impl Host {
         }
     }
 
+    /// The processors of all nodes.
+    pub(crate) fn processors(&self) -> u32 {
+        self.nodes.iter().map(|node| node.processors).sum()
+    }
+
     /// Binds the calling thread to a node's processors. Failing is no error: it runs elsewhere.
     pub(crate) fn bind_current_thread(&self, node: &Node) {
         if let (Some(topology), Some(cpus)) = (&self.topology, &node.cpus)

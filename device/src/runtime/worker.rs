@@ -2,6 +2,8 @@
 //!
 //! Two kinds of work keep the pool free of deadlocks: to *serve* a device may wait for *parts* of
 //! its discard, a part waits for nothing, and whoever waits for parts runs other parts meanwhile.
+//!
+//! A worker that has served a device may look at it a little longer before it sleeps ([`Patience`]).
 #![allow(
     unsafe_code,
     reason = "epoll is called directly: its edge triggering is the design"
@@ -14,10 +16,11 @@ use crate::memory::{NodeId, Pfn, PfnRange};
 use crate::ring::chain::Chain;
 use crossbeam_channel::{Receiver, Select, Sender, unbounded};
 use parking_lot::RwLock;
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
@@ -26,8 +29,37 @@ pub(crate) trait Servable: Send + Sync + std::fmt::Debug {
     /// Notes that the guest kicked `queue`; true if the caller has to call [`Self::serve`].
     fn kicked(&self, queue: u16) -> bool;
 
-    /// Serves a bounded amount of what is there; true if the caller has to bring it back.
-    fn serve(&self, scratch: &mut Scratch) -> bool;
+    /// Serves a bounded amount of what is there, and may look for more as long as `patience` lasts; true
+    /// if the caller has to bring it back.
+    fn serve(&self, scratch: &mut Scratch, patience: &Patience<'_>) -> bool;
+}
+
+/// Whether a worker may go on looking at a device that it has served, instead of going to sleep.
+///
+/// It may while nobody needs the worker or its processor: nothing else waits for it, and half of the
+/// processors are left to others, to the guest first of all.
+#[derive(Debug)]
+pub(crate) struct Patience<'a>(Option<(&'a Pool, &'a Station)>);
+
+impl Patience<'_> {
+    /// That of a caller that has other things to do.
+    pub(crate) const NONE: Self = Self(None);
+
+    /// Whether it still lasts.
+    pub(crate) fn lasts(&self) -> bool {
+        self.0.is_some_and(|(pool, station)| {
+            pool.leaves_half()
+                && station.parts.1.is_empty()
+                && station.serve.1.is_empty()
+                && (station.asleep.load(Ordering::Relaxed) > 0 || !station.is_signalled())
+                && !pool.stopping.load(Ordering::Relaxed)
+        })
+    }
+}
+
+thread_local! {
+    /// The station whose worker this thread is.
+    static AT_STATION: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
 /// Buffers that a worker lends to whatever device it serves: their size is bounded by constants,
@@ -57,6 +89,8 @@ struct Station {
     wake: EventFd,
     serve: Channel<Arc<dyn Servable>>,
     parts: Channel<Part>,
+    /// Workers that wait for something to do.
+    asleep: AtomicU32,
 }
 
 #[derive(Debug)]
@@ -117,6 +151,7 @@ impl Station {
             wake,
             serve: unbounded(),
             parts: unbounded(),
+            asleep: AtomicU32::new(0),
         };
         station.listen(station.wake.as_fd(), WAKE)?;
         Ok(station)
@@ -147,9 +182,22 @@ impl Station {
     fn wait(&self, sleep: bool) -> Option<u64> {
         let timeout = if sleep { -1 } else { 0 };
         let mut event = libc::epoll_event { events: 0, u64: 0 };
+        self.asleep.fetch_add(u32::from(sleep), Ordering::Relaxed);
         // SAFETY: room for one event, as the third argument says.
         let count = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), &raw mut event, 1, timeout) };
+        self.asleep.fetch_sub(u32::from(sleep), Ordering::Relaxed);
         (count == 1).then_some(event.u64)
+    }
+
+    /// Whether something was signalled that no worker has taken yet.
+    fn is_signalled(&self) -> bool {
+        let mut entry = libc::pollfd {
+            fd: self.epoll.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one entry, as the second argument says, that lives across the call.
+        unsafe { libc::poll(&raw mut entry, 1, 0) > 0 }
     }
 }
 
@@ -175,6 +223,23 @@ impl Pool {
 
     pub(crate) fn node_count(&self) -> u32 {
         self.host.node_count
+    }
+
+    /// Workers that are at work.
+    fn awake(&self) -> u32 {
+        let asleep = |station: &Station| station.asleep.load(Ordering::Relaxed);
+        self.workers
+            .saturating_sub(self.stations.iter().map(asleep).sum())
+    }
+
+    /// Whether the workers that are awake leave half of the processors to others.
+    fn leaves_half(&self) -> bool {
+        2 * self.awake() <= self.host.processors()
+    }
+
+    /// Whether one more worker could be awake and still leave half of the processors to others.
+    pub(crate) fn has_spare(&self) -> bool {
+        2 * (self.awake() + 1) <= self.host.processors()
     }
 
     /// The station of a node; memory of unknown nodes, or of nodes without processors, is at home
@@ -206,12 +271,15 @@ impl Pool {
         Ok(registration)
     }
 
-    /// Has a worker of `station` serve `device`.
+    /// Has a worker of `station` serve `device`: the calling one if it is one of them, when it is done
+    /// with what it does.
     pub(crate) fn submit(&self, station: usize, device: Arc<dyn Servable>) {
-        if let Some(station) = self.stations.get(station) {
+        if let Some(to) = self.stations.get(station) {
             // The station holds a receiver, so the channel is open.
-            let _ = station.serve.0.send(device);
-            station.wake.signal();
+            let _ = to.serve.0.send(device);
+            if AT_STATION.get() != Some(station) {
+                to.wake.signal();
+            }
         }
     }
 
@@ -256,6 +324,19 @@ impl Pool {
             // The station holds a receiver, so the channel is open.
             let _ = station.parts.0.send(part);
             station.wake.signal();
+        }
+    }
+
+    /// As [`Self::spawn`], but wakes nobody if the calling thread is a worker of that node: it runs `part`
+    /// itself when it is done with what it does.
+    pub(crate) fn spawn_here(&self, node: Option<NodeId>, part: Part) {
+        let index = self.station_of(node);
+        match self.stations.get(index) {
+            Some(station) if AT_STATION.get() == Some(index) => {
+                // The station holds a receiver, so the channel is open.
+                let _ = station.parts.0.send(part);
+            }
+            _ => self.spawn(node, part),
         }
     }
 
@@ -312,23 +393,27 @@ impl Pool {
 
     /// Waits for work, unless told not to, and does one piece of it; false if nothing was there.
     fn work_once(&self, station: &Station, scratch: &mut Scratch, may_sleep: bool) -> bool {
-        if let Ok(part) = station.parts.1.try_recv() {
-            run_caught(part);
-            return true;
-        }
-        self.serve_once(station, scratch, may_sleep)
+        // One part, one kick and one waiting device a turn: none can keep the others from theirs.
+        let part = station.parts.1.try_recv().map(run_caught).is_ok();
+        self.serve_once(station, scratch, may_sleep, may_sleep && !part) || part
     }
 
-    /// The same without the parts.
-    fn serve_once(&self, station: &Station, scratch: &mut Scratch, may_sleep: bool) -> bool {
-        // One kick and one waiting device a turn: neither can keep the other from its turn.
+    /// The same without the parts; `lingers` says whether it may look longer at what it has served.
+    fn serve_once(
+        &self,
+        station: &Station,
+        scratch: &mut Scratch,
+        lingers: bool,
+        may_sleep: bool,
+    ) -> bool {
         let event = station.wait(may_sleep && station.serve.1.is_empty());
+        let patience = Patience(lingers.then_some((self, station)));
         let kick = event.filter(|id| *id != WAKE);
         if let Some(device) = kick.and_then(|id| self.kicked(id)) {
-            self.serve(station, device, scratch);
+            self.serve(station, device, scratch, &patience);
         }
         match station.serve.1.try_recv() {
-            Ok(device) => self.serve(station, device, scratch),
+            Ok(device) => self.serve(station, device, scratch, &patience),
             Err(_) => return event.is_some(),
         }
         true
@@ -343,7 +428,7 @@ impl Pool {
             if parts {
                 self.work_once(station, &mut scratch, false)
             } else {
-                self.serve_once(station, &mut scratch, false)
+                self.serve_once(station, &mut scratch, false, false)
             }
         })
     }
@@ -356,8 +441,14 @@ impl Pool {
         device.kicked(kick.queue).then_some(device)
     }
 
-    fn serve(&self, station: &Station, device: Arc<dyn Servable>, scratch: &mut Scratch) {
-        let again = catch_unwind(AssertUnwindSafe(|| device.serve(scratch)));
+    fn serve(
+        &self,
+        station: &Station,
+        device: Arc<dyn Servable>,
+        scratch: &mut Scratch,
+        patience: &Patience<'_>,
+    ) {
+        let again = catch_unwind(AssertUnwindSafe(|| device.serve(scratch, patience)));
         match again {
             Ok(true) => {
                 // Behind whoever else waits: a busy device must not keep the others from a turn.
@@ -385,6 +476,7 @@ pub(super) fn spawn(pool: &Arc<Pool>, station: usize, number: u32) -> Result<Joi
             if let Some(node) = pool.host.nodes.get(station) {
                 pool.host.bind_current_thread(node);
             }
+            AT_STATION.set(Some(station));
             if let Some(station) = pool.stations.get(station) {
                 pool.work(station);
             }

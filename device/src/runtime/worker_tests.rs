@@ -32,7 +32,7 @@ impl Servable for Spreads {
         true
     }
 
-    fn serve(&self, _scratch: &mut Scratch) -> bool {
+    fn serve(&self, _scratch: &mut Scratch, _patience: &Patience<'_>) -> bool {
         let nodes = [self.first, 1 - self.first];
         let jobs = nodes.map(|node| (Some(NodeId(node)), move || node));
         self.done

@@ -3,7 +3,7 @@
 use super::{Service, Shared};
 use crate::error::{Error, Result};
 use crate::ring::source::{Completion, Element, Source};
-use crate::runtime::{Scratch, Servable};
+use crate::runtime::{Patience, Scratch, Servable};
 use std::sync::atomic::Ordering;
 
 /// The most elements that may wait for a device. VMMs have at most a queue's worth outstanding.
@@ -28,7 +28,7 @@ impl Shared {
         // Whoever is woken has the device; what one turn here leaves is for a worker.
         let mut left = self.wake(queues & ((1 << count) - 1));
         if left && here {
-            left = self.serve(&mut Scratch::default());
+            left = self.serve(&mut Scratch::default(), &Patience::NONE);
         }
         if left && let Some(this) = self.this.upgrade() {
             self.pool.submit(self.home.load(Ordering::Relaxed), this);

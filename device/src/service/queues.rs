@@ -52,6 +52,18 @@ impl Queues {
         self.known
     }
 
+    /// The rings among `queues`, with their bits.
+    pub(super) fn rings(&mut self, queues: u32) -> impl Iterator<Item = (u32, &mut Ring)> {
+        let bits = (0..u32::BITS).map(|index| 1 << index);
+        let places = self.places.iter_mut().zip(bits);
+        places.filter_map(
+            move |(queue, bit)| match queue.as_mut().map(|queue| &mut queue.source) {
+                Some(Source::Ring(queue)) if queues & bit != 0 => Some((bit, &mut queue.ring)),
+                _ => None,
+            },
+        )
+    }
+
     /// Puts a queue into its place.
     pub(super) fn start(&mut self, index: u16, queue: Queue) -> Result<()> {
         *self.slot(index)? = Some(queue);

@@ -40,6 +40,11 @@ impl Turnstile {
         self.noted.swap(0, Ordering::AcqRel)
     }
 
+    /// What was noted and not collected yet.
+    pub(crate) fn noted(&self) -> u32 {
+        self.noted.load(Ordering::Acquire)
+    }
+
     /// Forgets what was noted: it is of no interest any more.
     pub(crate) fn forget(&self) {
         self.noted.store(0, Ordering::Release);

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FallocateFlags, FileType, Mode, OFlags};
 
 use super::{GuestError, Prerequisites, Shell, UmlConfig, console::Console, initramfs, launch};
 use crate::artifacts;
@@ -54,6 +54,33 @@ impl HostMemoryGauge {
         let figures = rustix::fs::fstatvfs(&self.mount)
             .map_err(|error| GuestError::io("asking", &self.path)(error.into()))?;
         Ok((figures.f_blocks - figures.f_bfree) * figures.f_frsize)
+    }
+
+    /// Allocates every page of the guest's memory: the end of its file, behind the kernel and a gap as
+    /// large as the host's address layout made it. The file has no name any more, so it is opened
+    /// through a process that has it.
+    fn populate(&self, memory_bytes: u64) -> Result<(), GuestError> {
+        let failed = |error: rustix::io::Errno| GuestError::io("filling", &self.path)(error.into());
+        let device = rustix::fs::fstat(&self.mount).map_err(failed)?.st_dev;
+        for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+            // Other users' processes, and those that are ending, have none that can be looked at.
+            let files = std::fs::read_dir(process.path().join("fd"));
+            for file in files.into_iter().flatten().flatten() {
+                let Ok(kind) = rustix::fs::stat(file.path()) else {
+                    continue;
+                };
+                if kind.st_dev == device && FileType::from_raw_mode(kind.st_mode).is_file() {
+                    let memory = rustix::fs::open(file.path(), OFlags::RDWR, Mode::empty());
+                    let memory = memory.map_err(failed)?;
+                    let length = u64::try_from(kind.st_size).unwrap_or(0);
+                    let start = length.saturating_sub(memory_bytes);
+                    let flags = FallocateFlags::empty();
+                    return rustix::fs::fallocate(&memory, flags, start, length - start)
+                        .map_err(failed);
+                }
+            }
+        }
+        Err(failed(rustix::io::Errno::NOENT))
     }
 }
 
@@ -110,6 +137,17 @@ impl UmlGuest {
     #[must_use]
     pub fn host_memory_gauge(&self) -> HostMemoryGauge {
         self.running.host_memory.clone()
+    }
+
+    /// Has the host allocate all of the guest's memory, as if the guest had written to each page. What a
+    /// balloon then frees does not depend on which pages the guest happens to pick.
+    ///
+    /// # Errors
+    /// The file of the guest's memory cannot be found or filled.
+    pub fn populate_host_memory(&self) -> Result<(), GuestError> {
+        self.running
+            .host_memory
+            .populate(self.config.memory_mib << 20)
     }
 
     /// Reboots from inside: the guest's kernel starts again in the same host process, with new

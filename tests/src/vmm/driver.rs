@@ -15,7 +15,12 @@ use super::error::{Result, VmmError};
 use super::hinting::Hinting;
 use super::ram::GuestRam;
 use super::vring::{Piece, Used, Vring};
+use aerostat_device::memory::Pfn;
+use aerostat_device::trace::{Kind, TraceWriter};
 use parking_lot::RwLock;
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -76,6 +81,8 @@ pub struct Driver {
     features: u64,
     /// Pages that the device does not want, put aside so that they are not offered again.
     refused: Vec<u64>,
+    /// What is recorded, if anything is.
+    recording: Option<TraceWriter<BufWriter<File>>>,
 }
 
 impl Driver {
@@ -99,6 +106,7 @@ impl Driver {
             hinting: Hinting::default(),
             features: 0,
             refused: Vec::new(),
+            recording: None,
         }
     }
 
@@ -172,8 +180,36 @@ impl Driver {
     /// # Errors
     /// They are not acknowledged.
     pub fn tell(&mut self, role: Role, pfns: &[u64]) -> Result<Used> {
+        self.note(role, pfns)?;
         let piece = self.write_pfns(pfns);
         self.exchange(role, &[piece])
+    }
+
+    /// Records from now on what it gives and takes (`aerostat_device::trace`), or no more: then what was
+    /// recorded is complete.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn record(&mut self, path: Option<&Path>) -> Result<()> {
+        let begin = |path| TraceWriter::new(BufWriter::new(File::create(path)?));
+        let new = path.map(begin).transpose().map_err(unwritten)?;
+        match std::mem::replace(&mut self.recording, new) {
+            Some(mut old) => old.flush().map_err(unwritten),
+            None => Ok(()),
+        }
+    }
+
+    fn note(&mut self, role: Role, pfns: &[u64]) -> Result<()> {
+        let kind = if role == Role::Deflate {
+            Kind::Deflate
+        } else {
+            Kind::Inflate
+        };
+        let pages: Vec<Pfn> = pfns.iter().copied().map(Pfn).collect();
+        match &mut self.recording {
+            Some(recording) => recording.pages(kind, &pages).map_err(unwritten),
+            None => Ok(()),
+        }
     }
 
     /// Writes the array of page frame numbers.
@@ -393,5 +429,12 @@ impl Driver {
             touched += 1;
         }
         touched
+    }
+}
+
+fn unwritten(source: std::io::Error) -> VmmError {
+    VmmError::Os {
+        what: "cannot write a recording",
+        source,
     }
 }

@@ -94,6 +94,7 @@ impl Protocol for VirtioBalloon {
             balloon: loan.balloon,
             scratch: loan.scratch,
             books: loan.books,
+            tape: loan.tape,
             stats: &self.stats,
             hints: &self.hints,
             config: &self.config,

@@ -25,6 +25,7 @@ use crate::ring::RingError;
 use crate::ring::chain::{Chain, Segment};
 use crate::ring::source::Source;
 use crate::runtime::Scratch;
+use crate::trace::{Kind, Tape};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 bitflags::bitflags! {
@@ -97,6 +98,7 @@ struct Turn<'a> {
     balloon: &'a mut Balloon,
     scratch: &'a mut Scratch,
     books: &'a Books,
+    tape: &'a Tape,
     stats: &'a StatsBoard,
     hints: &'a HintBoard,
     config: &'a ConfigSpace,
@@ -131,7 +133,7 @@ fn serve_pages(role: Role, source: &mut Source, turn: &mut Turn<'_>) -> Result<b
             chains: |counters| &mut counters.inflate_chains,
         },
         Role::Inflate => Handler {
-            read: read_pfns,
+            read: |turn| read_pfns(turn, Kind::Inflate),
             act: |turn| {
                 // Looked at after the chains were popped: what follows an acknowledgement is not late.
                 if turn.config.reset_pending() {
@@ -145,7 +147,7 @@ fn serve_pages(role: Role, source: &mut Source, turn: &mut Turn<'_>) -> Result<b
             chains: |counters| &mut counters.inflate_chains,
         },
         Role::Deflate => Handler {
-            read: read_pfns,
+            read: |turn| read_pfns(turn, Kind::Deflate),
             act: |turn| {
                 if turn.config.reset_pending() {
                     let late = (turn.scratch.pages.len() as u64).wrapping_mul(BALLOON_PAGE_BYTES);
@@ -237,9 +239,12 @@ fn serve_batch(
 }
 
 /// Reads a chain that is a list of PFNs and nothing else. Nothing is written to it.
-fn read_pfns(turn: &mut Turn<'_>) -> (bool, u32) {
+fn read_pfns(turn: &mut Turn<'_>, kind: Kind) -> (bool, u32) {
     let Scratch { chain, pages, .. } = &mut *turn.scratch;
+    let before = pages.len();
     let understood = !chain.malformed && read_list(chain, turn.balloon.memory(), pages);
+    turn.tape
+        .pages(kind, pages.get(before..).unwrap_or_default());
     (understood && chain.writable.is_empty(), 0)
 }
 
@@ -267,7 +272,10 @@ fn read_reports(turn: &mut Turn<'_>) -> (bool, u32) {
         return (false, 0);
     }
     let directions = chain.readable.is_empty() && !chain.writable.is_empty();
+    let before = ranges.len();
     let understood = read_reports_of(&chain.writable, turn.balloon.memory(), ranges);
+    turn.tape
+        .ranges(Kind::Report, ranges.get(before..).unwrap_or_default());
     (understood && directions, 0)
 }
 

@@ -8,6 +8,7 @@
 //! given, and must not bring back what was just freed.
 
 use super::{MAX_CHAIN_PFNS, PFN_BYTES, Turn, read_list};
+use crate::trace::Kind;
 
 /// Bits of a byte of the bitmap; the first page is bit 0 of byte 0.
 const BITS: usize = 8;
@@ -21,6 +22,8 @@ pub(super) fn answer(turn: &mut Turn<'_>) -> (bool, u32) {
     let understood =
         !scratch.chain.malformed && read_list(&scratch.chain, memory, &mut scratch.pages);
     let pages = scratch.pages.len() - start;
+    let given = scratch.pages.get(start..).unwrap_or_default();
+    turn.tape.pages(Kind::Inflate, given);
     if !understood || scratch.chain.room(memory, bitmap_bytes(pages)) < bitmap_bytes(pages) {
         return (false, refuse_all_of_nonsense(turn));
     }

@@ -12,6 +12,7 @@ use crate::metrics::{Books, Counters};
 use crate::ring::source::{RingQueue, Source};
 use crate::ring::{Ring, RingFeatures};
 use crate::runtime::Scratch;
+use crate::trace::Tape;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -129,6 +130,7 @@ impl Bench {
             balloon: &mut self.balloon,
             scratch: &mut Scratch::default(),
             books: &self.books,
+            tape: &Tape::default(),
             stats: &StatsBoard::default(),
             hints: &HintBoard::default(),
             config: &self.config,

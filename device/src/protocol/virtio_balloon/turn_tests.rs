@@ -45,6 +45,7 @@ fn chains_of_empty_buffers_are_one_to_a_turn() {
             balloon: &mut Balloon::new(heap_memory(&[(0, 0x1000)]), discarder),
             scratch: &mut Scratch::default(),
             books: &Books::new(1),
+            tape: &Tape::default(),
             stats: &StatsBoard::default(),
             hints: &HintBoard::default(),
             config: &ConfigSpace::new(Features::empty()),

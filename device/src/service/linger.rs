@@ -1,0 +1,127 @@
+//! Looking a little longer. A stock Linux guest has one buffer outstanding and sends the next as soon as
+//! it has the last one back, so what it waits for is mostly that a worker wakes up. A worker that has
+//! served such a guest keeps looking at its rings for a moment, and asks it not to kick meanwhile.
+//!
+//! Idle guests cost nothing: the first buffer after a pause is served as any other, and only the next,
+//! if it comes soon, is worth a look for more. The worker looks no longer than anybody else needs it
+//! ([`Patience`]), and holds the device's lock only while it looks (the drain barrier stays as it is).
+
+use super::{Service, Shared};
+use crate::device::DeviceState;
+use crate::runtime::{Patience, Scratch};
+use std::hint::spin_loop;
+use std::time::{Duration, Instant};
+
+/// How long to look after the last buffer: a guest that allocates 256 pages and is woken by an interrupt
+/// takes some 50 us from one buffer to the next.
+const LINGER: Duration = Duration::from_micros(100);
+
+/// How often to pause between two looks: other processors get at the lock and the ring meanwhile.
+const PAUSES: u32 = 64;
+
+/// Whether a guest's buffers come one soon after the other.
+#[derive(Debug, Default)]
+pub(super) struct Attention {
+    idle_since: Option<Instant>,
+    pays: bool,
+}
+
+impl Attention {
+    /// The guest sent something.
+    pub(super) fn woken(&mut self) {
+        self.pays = self
+            .idle_since
+            .is_some_and(|since| since.elapsed() <= LINGER);
+    }
+
+    /// It was served, and nothing is left.
+    pub(super) fn served(&mut self) {
+        self.idle_since = Some(Instant::now());
+    }
+}
+
+impl Service {
+    /// The rings among `queues` in which something waits.
+    fn waiting(&mut self, queues: u32) -> u32 {
+        let rings = self
+            .queues
+            .rings(queues)
+            .filter(|(_, ring)| ring.has_next());
+        rings.fold(0, |mask, (bit, _)| mask | bit)
+    }
+
+    /// Asks the guest to kick `queues` again; returns those in which something waits.
+    fn want_kicks(&mut self, queues: u32) -> u32 {
+        self.queues.rings(queues).fold(
+            0,
+            |mask, (bit, ring)| {
+                if ring.want_kicks() { mask | bit } else { mask }
+            },
+        )
+    }
+
+    /// Whether the rings are worth another look soon.
+    fn is_worth_waiting(&self) -> bool {
+        self.attention.pays && self.state == DeviceState::Active
+    }
+}
+
+impl Shared {
+    /// Serves what comes soon after a turn that left nothing; returns the queues that have more.
+    pub(super) fn linger(
+        &self,
+        queues: u32,
+        scratch: &mut Scratch,
+        patience: &Patience<'_>,
+    ) -> u32 {
+        let mut until = Instant::now() + LINGER;
+        if !patience.lasts() || !self.begin_to_linger(queues) {
+            return 0;
+        }
+        loop {
+            (0..PAUSES).for_each(|_| spin_loop());
+            let mut service = self.service.lock();
+            if !service.is_worth_waiting() {
+                // Paused, for instance: nothing is written to its rings any more.
+                return 0;
+            }
+            let seen = service.waiting(queues);
+            if seen == 0 && (!patience.lasts() || Instant::now() >= until) {
+                // What came since the last look may have come without a kick.
+                return service.want_kicks(queues);
+            }
+            drop(service);
+            if seen | self.turnstile.noted() != 0 {
+                let more = self.turn(seen, scratch);
+                // What a turn leaves lying is for a later one, and for others to have theirs first.
+                if more != 0 || !self.begin_to_linger(queues) {
+                    return more | self.end_lingering(queues);
+                }
+                until = Instant::now() + LINGER;
+            }
+        }
+    }
+
+    /// Asks the guest not to kick, if it pays.
+    fn begin_to_linger(&self, queues: u32) -> bool {
+        let mut service = self.service.lock();
+        let pays = service.is_worth_waiting() && service.waiting(queues) == 0;
+        if pays {
+            service
+                .queues
+                .rings(queues)
+                .for_each(|(_, ring)| ring.suppress_kicks());
+        }
+        pays
+    }
+
+    /// Asks it to kick again; returns the queues that it may not have kicked for.
+    fn end_lingering(&self, queues: u32) -> u32 {
+        let mut service = self.service.lock();
+        if service.is_worth_waiting() {
+            service.want_kicks(queues)
+        } else {
+            0
+        }
+    }
+}
