@@ -187,10 +187,11 @@ impl Round<'_> {
             "none" => None,
             _ => Some(Daemon::start(self.plan, rule, self.backend)?),
         };
+        let clients = self.clients()?;
         let done = AtomicBool::new(false);
         let begin = Instant::now();
         let mut outcome = thread::scope(|scope| {
-            let watch = scope.spawn(|| self.watch(begin, &done));
+            let watch = scope.spawn(|| watch(clients, begin, &done));
             for (number, worker) in self.workers.iter().enumerate() {
                 worker.send(load::script(number, self.plan.repeat));
             }
@@ -227,49 +228,52 @@ impl Round<'_> {
         outcome.full_s = (after.full_us - before.full_us) as f64 / 1e6;
         Ok(outcome)
     }
+}
 
-    /// Looks at host and balloons every second.
-    fn watch(&self, begin: Instant, done: &AtomicBool) -> Result<Outcome, ExperimentError> {
-        let mut clients = self.clients()?;
-        let mut directions = vec![(0_u64, 0_i8); clients.len()];
-        let mut outcome = Outcome::default();
-        while !done.load(Ordering::Relaxed) {
-            let memory = machine::Memory::read()?;
-            let mut point = Point {
-                at_s: begin.elapsed().as_secs_f64(),
-                free_mib: memory.available_bytes as f64 / MIB as f64,
-                swapped_mib: memory.swapped_bytes as f64 / MIB as f64,
-                ..Point::default()
+/// Looks at host and balloons every second.
+fn watch(
+    mut clients: Vec<ControlClient>,
+    begin: Instant,
+    done: &AtomicBool,
+) -> Result<Outcome, ExperimentError> {
+    let mut directions = vec![(0_u64, 0_i8); clients.len()];
+    let mut outcome = Outcome::default();
+    while !done.load(Ordering::Relaxed) {
+        let memory = machine::Memory::read()?;
+        let mut point = Point {
+            at_s: begin.elapsed().as_secs_f64(),
+            free_mib: memory.available_bytes as f64 / MIB as f64,
+            swapped_mib: memory.swapped_bytes as f64 / MIB as f64,
+            ..Point::default()
+        };
+        for (client, (last, direction)) in clients.iter_mut().zip(&mut directions) {
+            let status = client.query()?;
+            point.balloon_mib += status.ballooned_bytes as f64 / MIB as f64;
+            if status.target_bytes.abs_diff(*last) >= MIB {
+                let now = if status.target_bytes > *last { 1 } else { -1 };
+                outcome.turns += u32::from(*direction == -now);
+                (*last, *direction) = (status.target_bytes, now);
+            }
+            // A guest that is too busy to answer is left out of this sample.
+            let Ok(stats) = client.guest_stats(SAMPLE_PERIOD) else {
+                continue;
             };
-            for (client, (last, direction)) in clients.iter_mut().zip(&mut directions) {
-                let status = client.query()?;
-                point.balloon_mib += status.ballooned_bytes as f64 / MIB as f64;
-                if status.target_bytes.abs_diff(*last) >= MIB {
-                    let now = if status.target_bytes > *last { 1 } else { -1 };
-                    outcome.turns += u32::from(*direction == -now);
-                    (*last, *direction) = (status.target_bytes, now);
-                }
-                // A guest that is too busy to answer is left out of this sample.
-                let Ok(stats) = client.guest_stats(SAMPLE_PERIOD) else {
-                    continue;
-                };
-                let told = stats
-                    .total_memory_bytes()
-                    .zip(stats.available_memory_bytes());
-                if let Some((total, available)) = told {
-                    let used = total.saturating_sub(available);
-                    point.used_mib += used as f64 / MIB as f64;
-                    let promised = status.memory_bytes.saturating_sub(status.target_bytes);
-                    if promised < used {
-                        outcome.below_floor_s += SAMPLE_PERIOD.as_secs_f64();
-                    }
+            let told = stats
+                .total_memory_bytes()
+                .zip(stats.available_memory_bytes());
+            if let Some((total, available)) = told {
+                let used = total.saturating_sub(available);
+                point.used_mib += used as f64 / MIB as f64;
+                let promised = status.memory_bytes.saturating_sub(status.target_bytes);
+                if promised < used {
+                    outcome.below_floor_s += SAMPLE_PERIOD.as_secs_f64();
                 }
             }
-            outcome.points.push(point);
-            thread::sleep(SAMPLE_PERIOD);
         }
-        Ok(outcome)
+        outcome.points.push(point);
+        thread::sleep(SAMPLE_PERIOD);
     }
+    Ok(outcome)
 }
 
 /// Waits until the balloon is as large as it should be, or as large as it gets.
