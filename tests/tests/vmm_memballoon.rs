@@ -142,11 +142,7 @@ fn a_partial_grant_is_a_prefix_of_the_list() -> Result<()> {
     );
     assert_eq!(guest.get(&[given[0]])?, 0, "it has that one");
     assert_eq!(guest.get(&[1 << 40])?, 0, "no memory");
-    assert_eq!(
-        guest.get(&[!(LARGE - 1)])?,
-        0,
-        "the end of all addresses"
-    );
+    assert_eq!(guest.get(&[!(LARGE - 1)])?, 0, "the end of all addresses");
     assert_eq!(guest.get(&[given[3]])?, 1);
     let books = guest.books()?;
     assert_eq!(books.returned_bytes, 8 * MIB);
