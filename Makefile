@@ -4,8 +4,9 @@ CARGO ?= cargo
 GUEST ?= auto
 PREFIX ?= /usr/local
 SOAK_SECONDS ?= 1800
+ROUNDS ?= 5
 
-.PHONY: all setup build check test suites fuzz loom soak demo bench bench-vmm qemu install deb abi header clean help
+.PHONY: all setup build check test suites fuzz loom soak demo bench bench-vmm experiment qemu install deb abi header clean help
 
 all: build
 
@@ -23,6 +24,7 @@ help:
 	@echo 'make install library, header, programs, manual pages: PREFIX=/usr/local, DESTDIR=, LIBDIR='
 	@echo 'make deb     a Debian package of the same, in target'
 	@echo 'make abi     take the ABI as it is now for the one that tests compare with'
+	@echo 'make experiment  real guests that do not fit on their host, rule against rule (ROUNDS=5)'
 	@echo 'make header  regenerate include/aerostat.h after a change of ffi/'
 	@echo 'make build   libaerostat.so, libaerostat.a, aerostat-vhost-user (release)'
 	@echo 'make clean   remove all build products'
@@ -46,9 +48,10 @@ test: check
 	PROFILE=debug scripts/build-qemu
 	$(CARGO) test --workspace --no-fail-fast
 	$(MAKE) suites
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-10} FUZZ_JOBS=$${FUZZ_JOBS:-2} scripts/fuzz
 
 # What the suites of whole devices leave open, chosen otherwise (CONTRIBUTING.md, "Settings").
-SUITES := $(patsubst tests/tests/%.rs,--test %,$(wildcard tests/tests/vmm_*.rs))
+SUITES := $(patsubst tests/tests/%.rs,--test %,$(filter-out %/vmm_soak.rs,$(wildcard tests/tests/vmm_*.rs)))
 SETTINGS ?= packed write-behind packed,in-order,write-behind
 
 suites:
@@ -92,6 +95,12 @@ deb: build
 
 abi: setup
 	AEROSTAT_WRITE_ABI=1 $(CARGO) test -p aerostat-tests --test abi
+
+# Each round boots a host VM with its guests and runs every rule once: about ten minutes a round where
+# there is no KVM. RULES="--rule none --rule aerostat" compares fewer.
+experiment: setup
+	$(CARGO) build --release -p aerostat-tests -p aerostat-reclaim -p aerostat-vhost-user --bins
+	target/release/aerostat-experiment --rounds $(ROUNDS) $(RULES)
 
 header: setup
 	AEROSTAT_WRITE_HEADER=1 $(CARGO) test -p aerostat-ffi --test header

@@ -180,6 +180,30 @@
 #define AEROSTAT_REGION_TRANSPARENT_HUGE (1u << 3)
 
 /**
+ * The guest did not boot with this region: its pages begin in the balloon, and the guest gets them
+ * from there as far as aerostat_device_set_extra_grant() lets it (requirements J6, R2). For devices
+ * that offer AEROSTAT_MEMBALLOON_FEATURE_EXTRA_MEM. A reset of the device discards what the guest had
+ * of it.
+ */
+#define AEROSTAT_REGION_EXTRA (1u << 4)
+
+/** The traditional memory balloon, virtio device ID 5. */
+#define AEROSTAT_KIND_VIRTIO_BALLOON 0
+
+/**
+ * The memory balloon with virtio device ID 13 (docs/memballoon.md). It has two queues, 0 fromdevq and 1
+ * todevq, and no configuration space.
+ */
+#define AEROSTAT_KIND_MEMBALLOON 1
+
+/**
+ * VMware's balloon commands, which stock guests speak over a port (docs/vmware-balloon.md): no virtio
+ * device, no queues. Set the memory table, activate, and pass what the guest says to
+ * aerostat_vmware_command(). Its features are capability bits, and the guest selects them itself.
+ */
+#define AEROSTAT_KIND_VMWARE 2
+
+/**
  * VIRTIO_BALLOON_F_MUST_TELL_HOST: the guest waits for the acknowledgement of a deflate before it
  * uses the pages again. The device may then discard after it has acknowledged an inflate.
  */
@@ -246,6 +270,18 @@
 #define AEROSTAT_FEATURE_HOST_RESET (1ull << 51)
 
 /**
+ * VIRTIO_MEMBALLOON_F_EXTRA_MEM: the balloon may go below zero, see AEROSTAT_REGION_EXTRA. For devices
+ * of kind AEROSTAT_KIND_MEMBALLOON, as the next one. Offered if asked for.
+ */
+#define AEROSTAT_MEMBALLOON_FEATURE_EXTRA_MEM (1ull << 0)
+
+/**
+ * VIRTIO_MEMBALLOON_F_4K to _16G: the sizes of pages, 4 KiB for bit 1, and twice as much for each bit
+ * above it. A driver selects exactly one of them.
+ */
+#define AEROSTAT_MEMBALLOON_FEATURE_PAGE_SIZES 16777214ull
+
+/**
  * The length of the configuration space in bytes: num_pages, actual, free_page_hint_cmd_id,
  * poison_val, each 32 bits, little-endian.
  */
@@ -282,6 +318,15 @@
 
 /** How many values `struct aerostat_guest_stats` has. */
 #define AEROSTAT_STATS 16
+
+/**
+ * The port at which a guest speaks to its hypervisor: an `in` of 32 bits from it with
+ * AEROSTAT_VMWARE_MAGIC in EAX.
+ */
+#define AEROSTAT_VMWARE_PORT 22128
+
+/** What the guest has in EAX then. */
+#define AEROSTAT_VMWARE_MAGIC 1164733807
 
 /** Where a device stands in its life cycle. */
 enum aerostat_state {
@@ -383,7 +428,7 @@ enum aerostat_log_level {
     AEROSTAT_LOG_TRACE = 5,
 };
 
-/** A virtio balloon device (device ID 5). */
+/** A balloon device. */
 struct aerostat_device;
 
 /** An immutable table of a guest's memory regions. A guest whose memory changes gets a new table. */
@@ -456,7 +501,10 @@ struct aerostat_device_config {
     uint32_t size;
     /** 0; no flags are defined. */
     uint32_t flags;
-    /** The features to offer, AEROSTAT_FEATURE_* bits; 0 offers what the library recommends. */
+    /**
+     * The features to offer, AEROSTAT_FEATURE_* bits (of another kind: its own); 0 offers what the
+     * library recommends.
+     */
     uint64_t features;
     /**
      * An eventfd signalled when the guest is to get a configuration change interrupt: the target
@@ -469,6 +517,10 @@ struct aerostat_device_config {
      * Duplicated.
      */
     int32_t completion_fd;
+    /** Which protocol the device speaks, AEROSTAT_KIND_*. */
+    uint32_t kind;
+    /** 0. */
+    uint32_t reserved;
 };
 
 /**
@@ -592,8 +644,15 @@ struct aerostat_balloon {
     uint64_t ballooned_bytes;
     /** Bytes of guest memory: the sum of the table's regions; 0 without a table. */
     uint64_t memory_bytes;
+    /**
+     * Bytes that the guest has beyond what it booted with: a balloon of less than nothing
+     * (AEROSTAT_REGION_EXTRA). If this is not 0, ballooned_bytes is.
+     */
+    uint64_t extra_bytes;
+    /** How many bytes it may have so, see aerostat_device_set_extra_grant(). */
+    uint64_t extra_grant_bytes;
     /** 0. */
-    uint64_t reserved[4];
+    uint64_t reserved[2];
 };
 
 /** What a guest last told of its memory. */
@@ -670,7 +729,10 @@ struct aerostat_counters {
     struct aerostat_flow report;
     /** Bytes taken out of the balloon again. */
     uint64_t returned_bytes;
-    /** Bytes that the guest wanted out of the balloon and that were not in it. */
+    /**
+     * Bytes that the guest wanted out of the balloon and that were not in it, or beyond what it may
+     * have (aerostat_device_set_extra_grant()).
+     */
     uint64_t rejected_take_bytes;
     /** System calls made to discard. */
     uint64_t discard_calls;
@@ -678,9 +740,9 @@ struct aerostat_counters {
     uint64_t discard_ranges;
     /** Time spent in those calls, summed over threads, in nanoseconds. */
     uint64_t discard_ns;
-    /** Buffers completed on the inflate queue. */
+    /** Buffers completed on the inflate queue, or commands that gave pages. */
     uint64_t inflate_chains;
-    /** Buffers completed on the deflate queue. */
+    /** Buffers completed on the deflate queue, or commands that took pages. */
     uint64_t deflate_chains;
     /** Buffers completed on the reporting queue. */
     uint64_t report_chains;
@@ -713,8 +775,13 @@ struct aerostat_counters {
     uint64_t host_resets_acknowledged;
     /** Bytes that were in the balloon at a call of aerostat_device_reset_balloon(). */
     uint64_t host_reset_bytes;
-    /** 0. */
-    uint64_t reserved[2];
+    /**
+     * Times that a driver began to speak the protocol: selections of features, or START commands of
+     * VMware's protocol, that were accepted (requirement J10).
+     */
+    uint64_t handshakes;
+    /** The same, refused. */
+    uint64_t handshakes_failed;
 };
 
 /** A balloon at the moment of a change. This structure has a fixed length. */
@@ -758,7 +825,7 @@ struct aerostat_history_entry {
 /** Initializes a struct aerostat_device_config: recommended features, no eventfds. */
 #define AEROSTAT_DEVICE_CONFIG_INIT                                                                \
     {                                                                                              \
-        sizeof(struct aerostat_device_config), 0, 0, -1, -1                                        \
+        sizeof(struct aerostat_device_config), 0, 0, -1, -1, 0, 0                                  \
     }
 
 /** Initializes a struct aerostat_queue_config: a new ring, without its addresses and eventfds. */
@@ -776,7 +843,7 @@ struct aerostat_history_entry {
 /** Initializes a struct aerostat_balloon that is to be filled. */
 #define AEROSTAT_BALLOON_INIT                                                                      \
     {                                                                                              \
-        sizeof(struct aerostat_balloon), 0, 0, 0, 0, 0, { 0 }                                      \
+        sizeof(struct aerostat_balloon), 0, 0, 0, 0, 0, 0, 0, { 0 }                                \
     }
 
 /** Initializes a struct aerostat_guest_stats that is to be filled. */
@@ -795,7 +862,7 @@ struct aerostat_history_entry {
 #define AEROSTAT_COUNTERS_INIT                                                                     \
     {                                                                                              \
         sizeof(struct aerostat_counters), 0, AEROSTAT_FLOW_INIT, AEROSTAT_FLOW_INIT, 0, 0, 0, 0,   \
-            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                        \
+            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                         \
     }
 
 #ifdef __cplusplus
@@ -935,7 +1002,7 @@ void aerostat_memory_destroy(struct aerostat_memory **memory);
  * Makes a balloon device that runtime's threads serve.
  *
  * Returns: 0, or
- * -EINVAL (an unknown flag),
+ * -EINVAL (an unknown flag or kind; no page size among the features of a memballoon),
  * -ENOTSUP (a feature that this version does not have),
  * -EBADF (config_fd or completion_fd is neither -1 nor an open eventfd),
  * -EMSGSIZE, -E2BIG (config->size),
@@ -1113,8 +1180,9 @@ int aerostat_device_features(const struct aerostat_device *device,
  * Takes the driver's selection of features: what a VMM calls when the driver sets FEATURES_OK
  * (VIRTIO 1.4, 3.1.1; requirement S1). If it is refused, FEATURES_OK has to stay clear.
  *
- * Returns: 0, or -ENOTSUP (features that were not offered), -EALREADY (a queue is started already:
- * reset the device first), -EFAULT (device is NULL).
+ * Returns: 0, or -ENOTSUP (features that were not offered), -EINVAL (none or several of
+ * AEROSTAT_MEMBALLOON_FEATURE_PAGE_SIZES, where exactly one is needed), -EALREADY (a queue is started
+ * already: reset the device first), -EFAULT (device is NULL).
  *
  * Threads: any.
  */
@@ -1254,19 +1322,35 @@ int aerostat_device_completions(struct aerostat_device *device,
                                 size_t max);
 
 /**
- * Sets how many bytes the balloon should hold, rounded down to 4096, and signals config_fd.
+ * Sets how many bytes the balloon should hold, rounded down to 4096, and lets the guest hear of it:
+ * virtio-balloon by signalling config_fd, memballoon by a MIN_BALLOON message, VMware's protocol when
+ * the guest asks next.
  *
  * It does so too if the target is unchanged: a guest that deflated because it ran out of memory
  * tries again only when told again (requirement S11). Allowed in every state; the target survives
  * a reset. The guest follows at its own pace, and as far as it can (requirements A1, A2).
  *
- * Returns: 0, or -EINVAL (more than the guest's memory, or 16 TiB and more, which the configuration
- * space cannot tell), -EFAULT (device is NULL).
+ * Returns: 0, or -EINVAL (more than the guest's memory, or more than the protocol can say: 16 TiB with
+ * virtio-balloon), -EFAULT (device is NULL).
  *
  * Threads: any. Never waits for the guest.
  */
 int aerostat_device_set_target(struct aerostat_device *device,
                                uint64_t target_bytes);
+
+/**
+ * Lets the guest have up to bytes more than it booted with, out of regions that are
+ * AEROSTAT_REGION_EXTRA, and lets it hear of that (requirements J6, R2, R7). What it has already it
+ * keeps. The grant is the ledger's promise: raise the guest's limit before the grant. 0 at first; it
+ * survives a reset.
+ *
+ * Returns: 0, or -ENOTSUP (the device does not offer AEROSTAT_MEMBALLOON_FEATURE_EXTRA_MEM), -EFAULT
+ * (device is NULL).
+ *
+ * Threads: any. Waits until nothing is in flight.
+ */
+int aerostat_device_set_extra_grant(struct aerostat_device *device,
+                                    uint64_t bytes);
 
 /**
  * Tells a balloon's size and state.
@@ -1485,6 +1569,26 @@ int aerostat_device_restore(struct aerostat_device *device,
 int aerostat_device_saved_position(const struct aerostat_device *device,
                                    uint32_t index,
                                    struct aerostat_queue_position *out);
+
+/**
+ * Carries out one balloon command of the guest, for a VMM that answers the port
+ * AEROSTAT_VMWARE_PORT (docs/vmware-balloon.md; ffi/examples/vmware.c). The command is in the guest's
+ * ECX, argument1 in EBX and argument2 in ESI; pass all 64 bits of a 64-bit guest's registers.
+ *
+ * Put *status into EAX. Put *result into ECX if the command is 0 (START), else into EBX, all 64 bits
+ * of it. A guest's nonsense is answered in *status and is no error of this call. On return the
+ * command is carried out.
+ *
+ * Returns: 0, or -ENOTSUP (the device is not of AEROSTAT_KIND_VMWARE), -EFAULT (a pointer is NULL).
+ *
+ * Threads: any, a vCPU's too. Waits for what is in flight, and discards up to 512 pages.
+ */
+int aerostat_vmware_command(struct aerostat_device *device,
+                            uint64_t command,
+                            uint64_t argument1,
+                            uint64_t argument2,
+                            uint32_t *status,
+                            uint64_t *result);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -3,9 +3,12 @@
 //! Invariants: I1 (a page is discarded only while its bit in the ownership bitmap is set, under the
 //! lock of the device that owns this core), I4 (each requested byte is entered exactly once).
 
+mod extra;
 mod refusal;
 mod report;
 mod write_behind;
+
+pub(crate) use refusal::Reason;
 
 use crate::discard::plan::Piece;
 use crate::discard::restore::restore;
@@ -57,6 +60,9 @@ pub(crate) struct Balloon {
     memory: Arc<GuestMemory>,
     ownership: Ownership,
     ballooned_pages: u64,
+    /// Those that were in it from the start.
+    extra_pages: u64,
+    extra_grant_bytes: u64,
     discarder: Discarder,
     inhibited: bool,
     window: Window,
@@ -73,12 +79,15 @@ pub(crate) struct Balloon {
 impl Balloon {
     /// An empty balloon.
     pub(crate) fn new(memory: Arc<GuestMemory>, discarder: Discarder) -> Self {
-        let ownership = Ownership::new(&memory);
+        let ownership = extra::untouched(&memory);
+        let extra_pages = extra::extra_pages(&memory);
         Self {
             window: Window::new(&memory),
             memory,
             ownership,
-            ballooned_pages: 0,
+            ballooned_pages: extra_pages,
+            extra_pages,
+            extra_grant_bytes: 0,
             discarder,
             inhibited: false,
             deflate: DeflateOptions::default(),
@@ -98,9 +107,9 @@ impl Balloon {
         &self.memory
     }
 
-    /// How many bytes are in the balloon.
+    /// How many bytes are in the balloon, without those that began there.
     pub(crate) fn ballooned_bytes(&self) -> u64 {
-        bytes(self.ballooned_pages)
+        bytes(self.ballooned_pages.saturating_sub(self.extra_pages))
     }
 
     /// What is in the balloon, run by run.
@@ -244,8 +253,8 @@ impl Balloon {
         self.deflate = options;
     }
 
-    /// The balloon is empty again: the guest owns every page (device reset). What waits is not
-    /// discarded any more.
+    /// The balloon is empty again: the guest owns every page that it booted with, and no other (device
+    /// reset). What waits is not discarded any more.
     pub(crate) fn reset(&mut self, books: &Books) {
         self.wait_for_flights();
         let load = self.window.unload(&self.memory, &mut self.ownership);
@@ -257,7 +266,8 @@ impl Balloon {
             }
         });
         self.taken.clear();
-        let empty = Ownership::new(&self.memory);
+        self.take_back_extra(books);
+        let empty = extra::untouched(&self.memory);
         self.replace(Arc::clone(&self.memory), empty, books);
     }
 
@@ -283,6 +293,7 @@ impl Balloon {
                 }
             });
         });
+        extra::insert_new(&memory, &self.memory, &mut ownership);
         self.replace(memory, ownership, books);
     }
 
@@ -304,6 +315,7 @@ impl Balloon {
         });
         self.ballooned_pages = 0;
         ownership.runs(|run| self.ballooned_pages += run.pages());
+        self.extra_pages = extra::extra_pages(&memory);
         self.ownership = ownership;
         self.window = self.window.over(&memory);
         self.memory = memory;

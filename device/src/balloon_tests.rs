@@ -306,7 +306,7 @@ impl Guest {
         let pages: Vec<Pfn> = pages.into_iter().map(Pfn).collect();
         let mut refused = Vec::new();
         self.balloon
-            .offer(&pages, limit_pages, &self.books, |place| {
+            .offer(&pages, 1, limit_pages, &self.books, |place, _| {
                 refused.push(place);
             });
         // In between the books balance too: what is taken is pending.

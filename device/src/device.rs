@@ -140,7 +140,7 @@ impl Device {
         let protocol = kind.protocol(match config.features {
             0 => kind.default_features(),
             chosen => chosen,
-        });
+        })?;
         let event = |what, fd: Option<OwnedFd>| fd.map(|fd| EventFd::new(what, fd)).transpose();
         let config_event = event("config_event", config.config_event)?;
         let completion_event = event("completion_event", config.completion_event)?.map(Arc::new);
@@ -184,8 +184,10 @@ impl Device {
     /// queue was started.
     pub fn set_features(&self, features: u64) -> Result<()> {
         let protocol = &self.shared.protocol;
-        refuse_others(features, protocol.offered())?;
-        protocol.check_features(features)?;
+        let acceptable = refuse_others(features, protocol.offered())
+            .and_then(|()| protocol.check_features(features));
+        self.shared.count_handshake(acceptable.is_ok());
+        acceptable?;
         let mut service = self.shared.service.lock();
         if service.state != DeviceState::Configuring || service.queues.started() != 0 {
             return Err(Error::AlreadyStarted("the device"));
@@ -202,19 +204,25 @@ impl Device {
     /// is shown to it as all that it has.
     ///
     /// # Errors
-    /// Refuses a table that does not hold a running queue's rings; the old table stays then.
+    /// Refuses a table that does not hold a running queue's rings, and extra regions where the protocol
+    /// has no use for them; the old table stays then.
     pub fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<()> {
+        let extra = memory.regions().iter().any(|region| region.extra);
+        if extra && !self.shared.protocol.has_extra_memory() {
+            return Err(Error::NotSupported("memory that begins in the balloon"));
+        }
         let mut service = self.shared.service.lock();
         let rings = service.queues.moved_rings(&memory)?;
         service.queues.replace_rings(rings);
         self.shared.find_home(&memory);
-        let inhibited = service.inhibits > 0;
+        let (inhibited, extra_grant_bytes) = (service.inhibits > 0, service.extra_grant_bytes);
         match &mut service.balloon {
             Some(balloon) => balloon.set_memory(memory, &self.shared.books),
             none => {
                 let mut balloon = Balloon::new(memory, self.runtime.discarder());
                 balloon.heed(Arc::clone(self.shared.service.waiting()));
                 balloon.set_inhibited(inhibited, &self.shared.books);
+                balloon.set_extra_grant(extra_grant_bytes);
                 *none = Some(balloon);
             }
         }
@@ -441,6 +449,13 @@ impl Device {
     #[must_use]
     pub fn ballooned_bytes(&self) -> u64 {
         self.shared.ballooned_bytes.load(Ordering::Acquire)
+    }
+
+    /// How many bytes the guest has beyond what it booted with: a balloon of less than nothing. At most
+    /// one of this and [`Self::ballooned_bytes`] is not 0.
+    #[must_use]
+    pub fn extra_bytes(&self) -> u64 {
+        self.shared.extra_bytes.load(Ordering::Acquire)
     }
 
     /// What the ownership bitmap holds, run by run, for tests that keep books of their own.

@@ -41,7 +41,7 @@ pub use error::{Error, Result};
 pub use history::{History, HistoryEntry, HistoryEvent};
 pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};
-pub use protocol::{DeviceKind, HintState};
+pub use protocol::{DeviceKind, HintState, VmwareAnswer};
 #[cfg(feature = "bench")]
 #[doc(hidden)]
 pub use ring::bench::BenchRing;

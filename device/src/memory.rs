@@ -107,6 +107,8 @@ pub struct Region {
     pub readonly: bool,
     /// Cannot be discarded for the time being: device assignment has pinned its pages.
     pub pinned: bool,
+    /// The guest did not boot with it: its pages begin in the balloon (J6).
+    pub extra: bool,
     /// The host node that backs it, where the VMM knows.
     pub node: Option<NodeId>,
 }
@@ -386,6 +388,7 @@ pub(crate) mod tests {
             frame_bytes: 0,
             shared: false,
             readonly: false,
+            extra: false,
             pinned: false,
             node: None,
         }

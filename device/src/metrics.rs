@@ -87,7 +87,7 @@ pub struct Counters {
     pub report: Flow,
     /// Bytes taken out of the balloon (deflate queue).
     pub returned_bytes: u64,
-    /// Bytes the guest wanted back that were not in the balloon, or not in its memory.
+    /// Bytes the guest wanted back that were not in the balloon, not in its memory, or beyond its grant.
     pub rejected_take_bytes: u64,
     /// System calls made to discard.
     pub discard_calls: u64,
@@ -109,6 +109,11 @@ pub struct Counters {
     pub chain_errors: u64,
     /// Queues that broke so badly that the device needs a reset.
     pub broken_rings: u64,
+    /// Times that a driver began to speak the protocol: feature selections or START commands that were
+    /// accepted (J10).
+    pub handshakes: u64,
+    /// The same, refused.
+    pub handshakes_failed: u64,
     /// Writes to fields of the configuration space that are not the driver's.
     pub config_errors: u64,
     /// Of the bytes that the balloon's flow skipped, those that the guest was told are refused: the
@@ -249,6 +254,8 @@ impl_combine!(Counters {
     hint_chains,
     chain_errors,
     broken_rings,
+    handshakes,
+    handshakes_failed,
     config_errors,
     refused_bytes,
     late_take_bytes,

@@ -48,6 +48,8 @@ pub(crate) struct Service {
     /// Where rings go on, if the device was restored since its last reset.
     pub(crate) restored: Option<Vec<Option<QueuePosition>>>,
     pub(crate) write_behind: WriteBehind,
+    /// How much more than it booted with the guest may have.
+    pub(crate) extra_grant_bytes: u64,
     pub(crate) queues: Queues,
     attention: Attention,
 }
@@ -86,6 +88,7 @@ pub(crate) struct Shared {
     /// As much of it as the guest's memory can give.
     pub(crate) target_bytes: AtomicU64,
     pub(crate) ballooned_bytes: AtomicU64,
+    pub(crate) extra_bytes: AtomicU64,
 }
 
 impl Service {
@@ -173,6 +176,7 @@ impl Shared {
             inhibits: 0,
             restored: None,
             write_behind: WriteBehind::default(),
+            extra_grant_bytes: 0,
             queues: Queues::new(protocol.kind().queues()),
             attention: Attention::default(),
         };
@@ -199,6 +203,7 @@ impl Shared {
             wanted_bytes: AtomicU64::new(0),
             target_bytes: AtomicU64::new(0),
             ballooned_bytes: AtomicU64::new(0),
+            extra_bytes: AtomicU64::new(0),
         }))
     }
 
@@ -256,6 +261,8 @@ impl Shared {
         self.memory_bytes.store(memory, Ordering::Release);
         let ballooned = balloon.map_or(0, Balloon::ballooned_bytes);
         self.ballooned_bytes.store(ballooned, Ordering::Release);
+        let extra = balloon.map_or(0, Balloon::extra_bytes);
+        self.extra_bytes.store(extra, Ordering::Release);
     }
 
     /// Moves the device to the station of the node that holds most of its memory.
@@ -439,13 +446,7 @@ impl Shared {
             service.state = DeviceState::NeedsReset;
             0
         });
-        self.tend_window(&mut service);
-        self.show(&service);
-        if self.protocol.actual_bytes().is_none()
-            && self.ballooned_bytes.load(Ordering::Acquire) != before
-        {
-            self.record(HistoryEvent::ActualWritten);
-        }
+        self.end_turn(&mut service, before);
         if service.state == DeviceState::NeedsReset {
             self.record(HistoryEvent::NeedsReset);
             self.signal_config();
@@ -454,6 +455,59 @@ impl Shared {
             service.attention.served();
         }
         more
+    }
+
+    /// After a turn in which the balloon may have changed from `before_bytes`.
+    fn end_turn(&self, service: &mut Service, before_bytes: u64) {
+        self.tend_window(service);
+        self.show(service);
+        if self.protocol.actual_bytes().is_none()
+            && self.ballooned_bytes.load(Ordering::Acquire) != before_bytes
+        {
+            self.record(HistoryEvent::ActualWritten);
+        }
+    }
+
+    /// A turn in the calling thread, for what reaches a device by other ways than queues. `None` if the
+    /// device is not active, or has no memory.
+    pub(crate) fn call<R>(&self, turn: impl FnOnce(&mut Turn<'_>) -> R) -> Option<R> {
+        let mut service = self.service.lock();
+        let before = self.ballooned_bytes.load(Ordering::Acquire);
+        let Service {
+            state: DeviceState::Active,
+            balloon: Some(balloon),
+            features: Some(features),
+            ..
+        } = &mut *service
+        else {
+            return None;
+        };
+        let mut lent = Turn {
+            balloon,
+            scratch: &mut Scratch::default(),
+            books: &self.books,
+            ballooned_bytes: &self.ballooned_bytes,
+            tape: &self.tape,
+            features: *features,
+        };
+        let returned = turn(&mut lent);
+        // Where features are selected by the protocol itself.
+        *features = lent.features;
+        self.end_turn(&mut service, before);
+        Some(returned)
+    }
+
+    /// Counts a driver's attempt to speak the protocol.
+    pub(crate) fn count_handshake(&self, accepted: bool) {
+        self.books.enter(|entry| {
+            let device = entry.device();
+            let counter = if accepted {
+                &mut device.handshakes
+            } else {
+                &mut device.handshakes_failed
+            };
+            bump(counter, 1);
+        });
     }
 }
 

@@ -18,7 +18,7 @@
 /** Initializes a struct aerostat_device_config: recommended features, no eventfds. */
 #define AEROSTAT_DEVICE_CONFIG_INIT                                                                \
     {                                                                                              \
-        sizeof(struct aerostat_device_config), 0, 0, -1, -1                                        \
+        sizeof(struct aerostat_device_config), 0, 0, -1, -1, 0, 0                                  \
     }
 
 /** Initializes a struct aerostat_queue_config: a new ring, without its addresses and eventfds. */
@@ -36,7 +36,7 @@
 /** Initializes a struct aerostat_balloon that is to be filled. */
 #define AEROSTAT_BALLOON_INIT                                                                      \
     {                                                                                              \
-        sizeof(struct aerostat_balloon), 0, 0, 0, 0, 0, { 0 }                                      \
+        sizeof(struct aerostat_balloon), 0, 0, 0, 0, 0, 0, 0, { 0 }                                \
     }
 
 /** Initializes a struct aerostat_guest_stats that is to be filled. */
@@ -55,5 +55,5 @@
 #define AEROSTAT_COUNTERS_INIT                                                                     \
     {                                                                                              \
         sizeof(struct aerostat_counters), 0, AEROSTAT_FLOW_INIT, AEROSTAT_FLOW_INIT, 0, 0, 0, 0,   \
-            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }                                        \
+            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                         \
     }

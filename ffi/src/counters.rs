@@ -60,7 +60,8 @@ pub struct aerostat_counters {
     pub report: aerostat_flow,
     /// Bytes taken out of the balloon again.
     pub returned_bytes: u64,
-    /// Bytes that the guest wanted out of the balloon and that were not in it.
+    /// Bytes that the guest wanted out of the balloon and that were not in it, or beyond what it may
+    /// have (aerostat_device_set_extra_grant()).
     pub rejected_take_bytes: u64,
     /// System calls made to discard.
     pub discard_calls: u64,
@@ -68,9 +69,9 @@ pub struct aerostat_counters {
     pub discard_ranges: u64,
     /// Time spent in those calls, summed over threads, in nanoseconds.
     pub discard_ns: u64,
-    /// Buffers completed on the inflate queue.
+    /// Buffers completed on the inflate queue, or commands that gave pages.
     pub inflate_chains: u64,
-    /// Buffers completed on the deflate queue.
+    /// Buffers completed on the deflate queue, or commands that took pages.
     pub deflate_chains: u64,
     /// Buffers completed on the reporting queue.
     pub report_chains: u64,
@@ -97,8 +98,11 @@ pub struct aerostat_counters {
     pub host_resets_acknowledged: u64,
     /// Bytes that were in the balloon at a call of aerostat_device_reset_balloon().
     pub host_reset_bytes: u64,
-    /// 0.
-    pub reserved: [u64; 2],
+    /// Times that a driver began to speak the protocol: selections of features, or START commands of
+    /// VMware's protocol, that were accepted (requirement J10).
+    pub handshakes: u64,
+    /// The same, refused.
+    pub handshakes_failed: u64,
 }
 
 // SAFETY: integers only, the size first.
@@ -170,6 +174,8 @@ fn to_c(counters: &Counters) -> aerostat_counters {
         hint_chains,
         chain_errors,
         broken_rings,
+        handshakes,
+        handshakes_failed,
         config_errors,
         refused_bytes,
         late_take_bytes,
@@ -200,7 +206,8 @@ fn to_c(counters: &Counters) -> aerostat_counters {
         host_resets,
         host_resets_acknowledged,
         host_reset_bytes,
-        reserved: [0; 2],
+        handshakes,
+        handshakes_failed,
     }
 }
 

@@ -13,7 +13,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// A virtio balloon device (device ID 5).
+/// A balloon device.
 #[derive(Debug)]
 pub struct aerostat_device {
     device: Device,
@@ -51,6 +51,18 @@ impl From<DeviceState> for aerostat_state {
     }
 }
 
+/// The traditional memory balloon, virtio device ID 5.
+pub const AEROSTAT_KIND_VIRTIO_BALLOON: u32 = 0;
+
+/// The memory balloon with virtio device ID 13 (docs/memballoon.md). It has two queues, 0 fromdevq and 1
+/// todevq, and no configuration space.
+pub const AEROSTAT_KIND_MEMBALLOON: u32 = 1;
+
+/// VMware's balloon commands, which stock guests speak over a port (docs/vmware-balloon.md): no virtio
+/// device, no queues. Set the memory table, activate, and pass what the guest says to
+/// aerostat_vmware_command(). Its features are capability bits, and the guest selects them itself.
+pub const AEROSTAT_KIND_VMWARE: u32 = 2;
+
 /// How a device is set up; see `AEROSTAT_DEVICE_CONFIG_INIT`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -59,7 +71,8 @@ pub struct aerostat_device_config {
     pub size: u32,
     /// 0; no flags are defined.
     pub flags: u32,
-    /// The features to offer, AEROSTAT_FEATURE_* bits; 0 offers what the library recommends.
+    /// The features to offer, AEROSTAT_FEATURE_* bits (of another kind: its own); 0 offers what the
+    /// library recommends.
     pub features: u64,
     /// An eventfd signalled when the guest is to get a configuration change interrupt: the target
     /// was set, the balloon reset, or the device went to AEROSTAT_STATE_NEEDS_RESET. -1: none.
@@ -68,6 +81,10 @@ pub struct aerostat_device_config {
     /// An eventfd signalled when aerostat_device_completions() has something to collect. -1: none.
     /// Duplicated.
     pub completion_fd: i32,
+    /// Which protocol the device speaks, AEROSTAT_KIND_*.
+    pub kind: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: integers only, the size first.
@@ -104,7 +121,7 @@ fn on_device_unit(
 /// Makes a balloon device that runtime's threads serve.
 ///
 /// Returns: 0, or
-/// -EINVAL (an unknown flag),
+/// -EINVAL (an unknown flag or kind; no page size among the features of a memballoon),
 /// -ENOTSUP (a feature that this version does not have),
 /// -EBADF (config_fd or completion_fd is neither -1 nor an open eventfd),
 /// -EMSGSIZE, -E2BIG (config->size),
@@ -135,7 +152,10 @@ pub unsafe extern "C" fn aerostat_device_new(
             ("aerostat_device_config.completion_fd", config.completion_fd),
         )?;
         let config = DeviceConfig {
-            kind: DeviceKind::VirtioBalloon,
+            kind: DeviceKind::from_number(config.kind).ok_or_else(|| {
+                let kind = u64::from(config.kind);
+                Refusal::invalid("aerostat_device_config.kind", kind, "AEROSTAT_KIND_*")
+            })?,
             features: config.features,
             config_event,
             completion_event,
@@ -343,6 +363,8 @@ mod tests {
             features: 0,
             config_fd: -1,
             completion_fd: -1,
+            kind: 0,
+            reserved: 0,
         };
         let mut runtime = std::ptr::null_mut();
         let [mut spoilt, mut other] = [std::ptr::null_mut(); 2];

@@ -59,6 +59,14 @@ pub const AEROSTAT_FEATURE_PAGE_REFUSAL: u64 = 1u64 << 50;
 /// aerostat_device_config; stock drivers do not select it (requirement V4).
 pub const AEROSTAT_FEATURE_HOST_RESET: u64 = 1u64 << 51;
 
+/// VIRTIO_MEMBALLOON_F_EXTRA_MEM: the balloon may go below zero, see AEROSTAT_REGION_EXTRA. For devices
+/// of kind AEROSTAT_KIND_MEMBALLOON, as the next one. Offered if asked for.
+pub const AEROSTAT_MEMBALLOON_FEATURE_EXTRA_MEM: u64 = 1u64 << 0;
+
+/// VIRTIO_MEMBALLOON_F_4K to _16G: the sizes of pages, 4 KiB for bit 1, and twice as much for each bit
+/// above it. A driver selects exactly one of them.
+pub const AEROSTAT_MEMBALLOON_FEATURE_PAGE_SIZES: u64 = 0xfffffeu64;
+
 /// Tells which features the guest may select from (VIRTIO 1.4, 2.2; requirement S1).
 ///
 /// A device whose queues are all element queues may mask the bits of rings, or offer its own: the
@@ -94,8 +102,9 @@ pub unsafe extern "C" fn aerostat_device_features(
 /// Takes the driver's selection of features: what a VMM calls when the driver sets FEATURES_OK
 /// (VIRTIO 1.4, 3.1.1; requirement S1). If it is refused, FEATURES_OK has to stay clear.
 ///
-/// Returns: 0, or -ENOTSUP (features that were not offered), -EALREADY (a queue is started already:
-/// reset the device first), -EFAULT (device is NULL).
+/// Returns: 0, or -ENOTSUP (features that were not offered), -EINVAL (none or several of
+/// AEROSTAT_MEMBALLOON_FEATURE_PAGE_SIZES, where exactly one is needed), -EALREADY (a queue is started
+/// already: reset the device first), -EFAULT (device is NULL).
 ///
 /// Threads: any.
 #[unsafe(no_mangle)]

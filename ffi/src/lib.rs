@@ -60,6 +60,8 @@ mod history;
 
 mod saving;
 
+mod vmware;
+
 pub use config_space::*;
 pub use counters::*;
 pub use device::*;
@@ -76,4 +78,5 @@ pub use saving::*;
 pub use stats::*;
 pub use target::*;
 pub use version::*;
+pub use vmware::*;
 pub use write_behind::*;

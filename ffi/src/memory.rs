@@ -34,10 +34,17 @@ pub const AEROSTAT_REGION_PINNED: u32 = 1u32 << 2;
 /// no effect: shared memory is split and freed at once.
 pub const AEROSTAT_REGION_TRANSPARENT_HUGE: u32 = 1u32 << 3;
 
+/// The guest did not boot with this region: its pages begin in the balloon, and the guest gets them
+/// from there as far as aerostat_device_set_extra_grant() lets it (requirements J6, R2). For devices
+/// that offer AEROSTAT_MEMBALLOON_FEATURE_EXTRA_MEM. A reset of the device discards what the guest had
+/// of it.
+pub const AEROSTAT_REGION_EXTRA: u32 = 1u32 << 4;
+
 const REGION_FLAGS: u32 = AEROSTAT_REGION_SHARED
     | AEROSTAT_REGION_READONLY
     | AEROSTAT_REGION_PINNED
-    | AEROSTAT_REGION_TRANSPARENT_HUGE;
+    | AEROSTAT_REGION_TRANSPARENT_HUGE
+    | AEROSTAT_REGION_EXTRA;
 
 /// An immutable table of a guest's memory regions. A guest whose memory changes gets a new table.
 #[derive(Debug)]
@@ -187,6 +194,7 @@ fn region(from: &aerostat_memory_region) -> Outcome<Region> {
         shared: from.flags & AEROSTAT_REGION_SHARED != 0,
         readonly,
         pinned: from.flags & AEROSTAT_REGION_PINNED != 0,
+        extra: from.flags & AEROSTAT_REGION_EXTRA != 0,
         node: node(from.node)?,
     })
 }

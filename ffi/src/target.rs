@@ -25,8 +25,13 @@ pub struct aerostat_balloon {
     pub ballooned_bytes: u64,
     /// Bytes of guest memory: the sum of the table's regions; 0 without a table.
     pub memory_bytes: u64,
+    /// Bytes that the guest has beyond what it booted with: a balloon of less than nothing
+    /// (AEROSTAT_REGION_EXTRA). If this is not 0, ballooned_bytes is.
+    pub extra_bytes: u64,
+    /// How many bytes it may have so, see aerostat_device_set_extra_grant().
+    pub extra_grant_bytes: u64,
     /// 0.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; 2],
 }
 
 // SAFETY: integers only, the size first.
@@ -37,14 +42,16 @@ unsafe impl Versioned for aerostat_balloon {
 
 const _: () = assert!(size_of::<aerostat_balloon>() == 72);
 
-/// Sets how many bytes the balloon should hold, rounded down to 4096, and signals config_fd.
+/// Sets how many bytes the balloon should hold, rounded down to 4096, and lets the guest hear of it:
+/// virtio-balloon by signalling config_fd, memballoon by a MIN_BALLOON message, VMware's protocol when
+/// the guest asks next.
 ///
 /// It does so too if the target is unchanged: a guest that deflated because it ran out of memory
 /// tries again only when told again (requirement S11). Allowed in every state; the target survives
 /// a reset. The guest follows at its own pace, and as far as it can (requirements A1, A2).
 ///
-/// Returns: 0, or -EINVAL (more than the guest's memory, or 16 TiB and more, which the configuration
-/// space cannot tell), -EFAULT (device is NULL).
+/// Returns: 0, or -EINVAL (more than the guest's memory, or more than the protocol can say: 16 TiB with
+/// virtio-balloon), -EFAULT (device is NULL).
 ///
 /// Threads: any. Never waits for the guest.
 #[unsafe(no_mangle)]
@@ -56,6 +63,28 @@ pub unsafe extern "C" fn aerostat_device_set_target(
     let device = unsafe { handle::get(device) };
     on_device(device, |device| {
         device.set_target_bytes(target_bytes)?;
+        Ok(0)
+    })
+}
+
+/// Lets the guest have up to bytes more than it booted with, out of regions that are
+/// AEROSTAT_REGION_EXTRA, and lets it hear of that (requirements J6, R2, R7). What it has already it
+/// keeps. The grant is the ledger's promise: raise the guest's limit before the grant. 0 at first; it
+/// survives a reset.
+///
+/// Returns: 0, or -ENOTSUP (the device does not offer AEROSTAT_MEMBALLOON_FEATURE_EXTRA_MEM), -EFAULT
+/// (device is NULL).
+///
+/// Threads: any. Waits until nothing is in flight.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn aerostat_device_set_extra_grant(
+    device: *mut aerostat_device,
+    bytes: u64,
+) -> c_int {
+    // SAFETY: NULL or alive (the header's rule for handles).
+    let device = unsafe { handle::get(device) };
+    on_device(device, |device| {
+        device.set_extra_grant(bytes)?;
         Ok(0)
     })
 }
@@ -82,7 +111,9 @@ pub unsafe extern "C" fn aerostat_device_query(
             actual_bytes: device.actual_bytes(),
             ballooned_bytes: device.ballooned_bytes(),
             memory_bytes: device.memory_bytes(),
-            reserved: [0; 4],
+            extra_bytes: device.extra_bytes(),
+            extra_grant_bytes: device.extra_grant_bytes(),
+            reserved: [0; 2],
         });
         Ok(0)
     })

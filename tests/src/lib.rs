@@ -5,6 +5,7 @@ pub mod artifacts;
 pub mod backend;
 pub mod cpio;
 pub mod demo;
+pub mod experiment;
 pub mod guest;
 pub mod host_vm;
 pub mod qemu;

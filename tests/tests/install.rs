@@ -83,6 +83,9 @@ fn a_program_builds_with_what_pkg_config_says_of_an_installation() {
 
     for file in [
         "bin/aerostat-vhost-user",
+        "bin/aerostatd",
+        "lib/systemd/system/aerostatd.service",
+        "share/man/man8/aerostatd.8",
         "lib/libaerostat.a",
         "lib/libaerostat.so",
         "lib/libaerostat.so.0",

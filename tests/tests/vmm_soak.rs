@@ -28,7 +28,7 @@ const GUEST_MIB: u64 = 16;
 const PLUGGED: u64 = 64 * MIB;
 const PLUGGED_PAGES: u64 = 256;
 /// Generous: all guests share what processors there are.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(600);
 /// What may stay resident beyond what was after the warm-up: pages that the allocator cannot give back.
 const TOLERANCE_BYTES: u64 = 16 << 20;
 

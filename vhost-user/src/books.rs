@@ -4,7 +4,7 @@ use aerostat_device::memory::NodeId;
 use aerostat_device::{Counters, Device, Flow};
 
 /// How many counters there are.
-const COUNT: usize = 46;
+const COUNT: usize = 48;
 
 /// Counters with the names that the control socket gives them.
 pub(crate) type Named = [(&'static str, u64); COUNT];
@@ -55,6 +55,8 @@ pub(crate) fn named(counters: &Counters) -> Named {
         hint_chains,
         chain_errors,
         broken_rings,
+        handshakes,
+        handshakes_failed,
         config_errors,
         refused_bytes,
         late_take_bytes,
@@ -105,6 +107,8 @@ pub(crate) fn named(counters: &Counters) -> Named {
         ("hint-chains", hint_chains),
         ("chain-errors", chain_errors),
         ("broken-rings", broken_rings),
+        ("handshakes", handshakes),
+        ("handshakes-failed", handshakes_failed),
         ("config-errors", config_errors),
         ("refused-bytes", refused_bytes),
         ("late-take-bytes", late_take_bytes),

@@ -2,8 +2,8 @@
 
 use crate::features;
 use crate::vm::Offer;
-use aerostat_device::WriteBehind;
-use clap::Parser;
+use aerostat_device::{DeviceKind, WriteBehind};
+use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 
 const EXAMPLES: &str = "\
@@ -24,6 +24,25 @@ Examples:
       '{\"execute\":\"aerostat-query\"}' | socat - UNIX-CONNECT:vm.ctl
 
 Logging goes to stderr; AEROSTAT_LOG=warn, info (the default), debug chooses how much.";
+
+/// The devices that a front-end can have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Protocol {
+    /// The traditional memory balloon, virtio device ID 5.
+    #[default]
+    VirtioBalloon,
+    /// The memory balloon with virtio device ID 13 (docs/memballoon.md).
+    Memballoon,
+}
+
+impl Protocol {
+    const fn kind(self) -> DeviceKind {
+        match self {
+            Self::VirtioBalloon => DeviceKind::VirtioBalloon,
+            Self::Memballoon => DeviceKind::Memballoon,
+        }
+    }
+}
 
 /// A virtio balloon for virtual machines, as a vhost-user back-end.
 ///
@@ -52,7 +71,12 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=256))]
     pub(crate) workers: u32,
 
-    /// What to offer to guests, separated by commas: default, none, or names such as stats-vq.
+    /// Which device to be; the front-end has to present it under the same device ID.
+    #[arg(long, value_name = "DEVICE", value_enum, default_value_t)]
+    pub(crate) device: Protocol,
+
+    /// What to offer to guests, separated by commas: default, none, or names such as stats-vq. A
+    /// memballoon offers all page sizes.
     #[arg(long, value_name = "LIST", default_value = "default", value_parser = features::parse)]
     pub(crate) features: u64,
 
@@ -80,9 +104,17 @@ impl Arguments {
             ..WriteBehind::RECOMMENDED
         };
         Offer {
-            features: self.features,
+            kind: self.device.kind(),
+            features: match self.device {
+                Protocol::VirtioBalloon => self.features,
+                Protocol::Memballoon => 0,
+            },
             write_behind,
         }
+    }
+
+    fn chose_features(&self) -> bool {
+        self.features != DeviceKind::VirtioBalloon.default_features()
     }
 
     /// What clap cannot check.
@@ -96,6 +128,9 @@ impl Arguments {
             Some((option, count)) => Err(format!(
                 "{count} {option} for {sockets} --socket-path: each belongs to a socket"
             )),
+            None if self.device != Protocol::VirtioBalloon && self.chose_features() => {
+                Err("--features names what a virtio-balloon has; leave it out".to_owned())
+            }
             None => Ok(()),
         }
     }
@@ -116,6 +151,25 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn a_memballoon_offers_what_it_has() {
+        let parse = |more: &[&str]| {
+            let words = [
+                "aerostat-vhost-user",
+                "--socket-path",
+                "s",
+                "--device",
+                "memballoon",
+            ];
+            Arguments::try_parse_from(words.iter().chain(more)).unwrap()
+        };
+        let arguments = parse(&[]);
+        assert!(arguments.check().is_ok());
+        let offer = arguments.offer();
+        assert_eq!((offer.kind, offer.features), (DeviceKind::Memballoon, 0));
+        assert!(parse(&["--features", "stats-vq"]).check().is_err());
     }
 
     #[test]

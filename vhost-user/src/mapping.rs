@@ -257,6 +257,7 @@ fn usable_part(region: MemRegion, hva: u64, page: u64) -> Result<Option<Region>,
         frame_bytes: 0,
         shared: true,
         readonly: false,
+        extra: false,
         pinned,
         node: None,
     }))

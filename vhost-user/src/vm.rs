@@ -78,6 +78,8 @@ impl Attached {
 /// What every driver of a virtual machine finds.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Offer {
+    /// The protocol that its device speaks.
+    pub(crate) kind: DeviceKind,
     /// The feature bits; 0 is the device's default.
     pub(crate) features: u64,
     /// When acknowledged pages are discarded.
@@ -169,7 +171,7 @@ impl Vm {
         let device = Device::with_history(
             &self.runtime,
             DeviceConfig {
-                kind: DeviceKind::VirtioBalloon,
+                kind: self.offer.kind,
                 features: self.offer.features,
                 config_event: Some(config_event),
                 completion_event: None,

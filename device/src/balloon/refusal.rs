@@ -10,12 +10,12 @@
 
 use super::{Balloon, bump, bytes};
 use crate::discard::plan::Piece;
-use crate::memory::{BALLOON_PAGE_BYTES, Pfn, PfnRange, Region};
+use crate::memory::{Pfn, PfnRange, Region};
 use crate::metrics::{Books, Flow};
 
 /// Why a page is not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Reason {
+pub(crate) enum Reason {
     OutOfRange,
     Duplicate,
     Inhibited,
@@ -36,25 +36,26 @@ impl Reason {
 }
 
 impl Balloon {
-    /// The guest offers `pages`, which are considered one by one in its own order; `refuse` gets the
-    /// places of those that are refused. A page is refused if the balloon holds `limit_pages`
-    /// already, and where [`Self::give`] would not discard it.
+    /// The guest offers pages of `size` times 4 KiB that begin at `pages`, which are considered one by one
+    /// in its own order; `refuse` gets the places of those that are refused, and why. A page is refused
+    /// if the balloon holds `limit_pages` already, and where [`Self::give`] would not discard all of it.
     ///
     /// The others are in the balloon from now on, and pending until [`Self::settle`]. No other
     /// operation may come between.
     pub(crate) fn offer(
         &mut self,
         pages: &[Pfn],
+        size: u64,
         limit_pages: u64,
         books: &Books,
-        mut refuse: impl FnMut(usize),
+        mut refuse: impl FnMut(usize, Reason),
     ) {
         let mut found = None;
         books.enter(|entry| {
             for (place, &page) in pages.iter().enumerate() {
                 let one = PfnRange {
                     start: page,
-                    end: Pfn(page.0.saturating_add(1)),
+                    end: Pfn(page.0.saturating_add(size)),
                 };
                 // Guests send runs: the next page is mostly in the region of the last one.
                 found = self
@@ -64,14 +65,14 @@ impl Balloon {
                     .and_then(|index| self.memory.regions().get(index))
                     .and_then(|region| region.node);
                 let verdict = self.consider(found, one, limit_pages);
-                let counters = entry.node(node);
-                bump(&mut counters.balloon.requested_bytes, BALLOON_PAGE_BYTES);
+                let (counters, length) = (entry.node(node), one.bytes());
+                bump(&mut counters.balloon.requested_bytes, length);
                 match verdict {
-                    Ok(()) => bump(&mut counters.balloon.pending_bytes, BALLOON_PAGE_BYTES),
+                    Ok(()) => bump(&mut counters.balloon.pending_bytes, length),
                     Err(reason) => {
-                        bump(reason.counter(&mut counters.balloon), BALLOON_PAGE_BYTES);
-                        bump(&mut counters.refused_bytes, BALLOON_PAGE_BYTES);
-                        refuse(place);
+                        bump(reason.counter(&mut counters.balloon), length);
+                        bump(&mut counters.refused_bytes, length);
+                        refuse(place, reason);
                     }
                 }
             }
@@ -121,9 +122,9 @@ impl Balloon {
         self.reset(books);
     }
 
-    /// The region at `index`, if it holds `page`.
+    /// The region at `index`, if it holds all of `page`.
     fn region_of(&self, index: Option<usize>, page: PfnRange) -> Option<usize> {
-        let holds = |region: &Region| region.pfns().intersection(page).pages() == 1;
+        let holds = |region: &Region| page.pages() > 0 && region.pfns().intersection(page) == page;
         index.filter(|index| self.memory.regions().get(*index).is_some_and(holds))
     }
 
@@ -160,7 +161,7 @@ impl Balloon {
             return Err(Reason::OverTarget);
         }
         bitmap.insert(page, |_| ());
-        self.ballooned_pages += 1;
+        self.ballooned_pages += page.pages();
         match self.taken.last_mut() {
             Some(last) if last.region == index && last.range.end == page.start => {
                 last.range.end = page.end;

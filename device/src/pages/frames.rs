@@ -97,6 +97,7 @@ mod tests {
             frame_bytes: frame * PAGE,
             shared: false,
             readonly: false,
+            extra: false,
             pinned: false,
             node: None,
         }

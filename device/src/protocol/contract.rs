@@ -15,7 +15,7 @@ use crate::service::queues::Queues;
 use crate::trace::Tape;
 use std::any::Any;
 use std::fmt::Debug;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 /// Among the work of a turn, next to a bit for each kicked queue: the VMM asked the protocol for
@@ -36,6 +36,14 @@ pub(crate) struct Turn<'a> {
     pub(crate) features: u64,
 }
 
+impl Turn<'_> {
+    /// Lets those who must not wait for the lock see how large the balloon is.
+    pub(crate) fn show_size(&self) {
+        self.ballooned_bytes
+            .store(self.balloon.ballooned_bytes(), Ordering::Release);
+    }
+}
+
 /// A queue that can no longer be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Broken {
@@ -45,7 +53,6 @@ pub(crate) struct Broken {
 
 /// How the guest hears that the target was set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(dead_code, reason = "there is but one protocol so far")]
 pub(crate) enum Notice {
     /// By a configuration-change interrupt.
     ConfigChange,
@@ -91,6 +98,11 @@ pub(crate) trait Protocol: Any + Debug + Send + Sync {
     /// Refuses a subset of what is offered that makes no sense (FEATURES_OK).
     fn check_features(&self, _selected: u64) -> Result<()> {
         Ok(())
+    }
+
+    /// Whether the guest may get memory that it did not boot with (J6).
+    fn has_extra_memory(&self) -> bool {
+        false
     }
 
     /// Whether the driver tells before it uses pages of the balloon again, so that pages may be
@@ -140,7 +152,7 @@ pub(crate) trait Protocol: Any + Debug + Send + Sync {
         Due::default()
     }
 
-    /// Refuses to give the balloon back at once, where the guest would not understand it.
+    /// Refuses to give the balloon back at once, where the guest would not understand it (V3).
     fn check_host_reset(&self, _features: u64) -> Result<()> {
         Err(Error::NotSupported("a reset of the balloon by the host"))
     }

@@ -108,6 +108,10 @@ pub struct PageCounters {
     pub chain_errors: u64,
     /// Rings that the guest broke.
     pub broken_rings: u64,
+    /// Times that a driver began to speak the protocol.
+    pub handshakes: u64,
+    /// Times that it was refused.
+    pub handshakes_failed: u64,
     /// Configuration accesses that made no sense.
     pub config_errors: u64,
 }

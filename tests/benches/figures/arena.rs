@@ -240,6 +240,7 @@ fn memory_of(ram: &Arc<GuestRam>, kind: Kind) -> Result<Arc<GuestMemory>> {
             frame_bytes: 0,
             shared: entry.flags & aerostat::AEROSTAT_REGION_SHARED != 0,
             readonly: false,
+            extra: false,
             pinned: false,
             node: None,
         })

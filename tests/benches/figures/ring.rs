@@ -112,6 +112,7 @@ impl Rig {
             frame_bytes: 0,
             shared: false,
             readonly: false,
+            extra: false,
             pinned: false,
             node: None,
         };

@@ -365,6 +365,7 @@ fn map(spec: &Spec, at: usize) -> Region {
         frame_bytes: 0,
         shared,
         readonly: spec.kind == Kind::Rom,
+        extra: false,
         pinned: spec.kind == Kind::Pinned,
         node: None,
     }

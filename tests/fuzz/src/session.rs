@@ -24,7 +24,7 @@ const USER: u64 = 1 << 32;
 /// The most messages of one script.
 const MAX_MESSAGES: usize = 32;
 /// How long a session may take to end after its front-end has gone.
-const PATIENCE: Duration = Duration::from_secs(8);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A descriptor that goes with a message.
 #[derive(Arbitrary, Clone, Copy, Debug)]

@@ -124,6 +124,31 @@ fn a_page_that_is_taken_back_from_a_slow_flush_keeps_what_the_guest_writes() {
     }
 }
 
+/// A guest that writes to a page of its balloon: the page is emptied once more when the pages around it
+/// are, and is in the books once.
+#[test]
+fn a_gap_that_the_guest_wrote_to_is_bridged_all_the_same() {
+    for layout in LAYOUTS {
+        let counters = play(
+            &script(
+                MUST_TELL_HOST,
+                NEVER,
+                vec![
+                    Step::Target(60),
+                    tell(false, &[0x21]),
+                    Step::Flush,
+                    write(0x21),
+                    tell(false, &[0x20, 0x22]),
+                    Step::Flush,
+                ],
+            ),
+            layout,
+        );
+        assert_eq!(counters.balloon.discarded_bytes, 3 << 12, "{layout:?}");
+        assert_eq!(counters.discard_ranges, 2, "{layout:?}");
+    }
+}
+
 #[test]
 fn pages_are_refused_over_the_target_and_while_inhibited() {
     for layout in LAYOUTS {

@@ -26,8 +26,9 @@ const SPARE_MIB: u64 = 64;
 /// Linux leaves behind, and a first process that is not its own parent ignores signals that
 /// User-Mode Linux sends itself.
 const SCRIPT: &str = r#"
-ram=$1 size=$2
-shift 2
+ram=$1 size=$2 group=$3
+shift 3
+[ -z "$group" ] || echo 0 >"$group/cgroup.procs" || exit 125
 mount -t tmpfs -o "size=$size,mode=700" aerostat-guest "$ram" || exit 125
 export TMPDIR="$ram" HOME="$ram"
 "$@"
@@ -45,6 +46,8 @@ pub struct UmlConfig {
     pub kernel_arguments: Vec<String>,
     /// The processor that the guest is confined to, if it is.
     pub cpu: Option<u32>,
+    /// The cgroup that pays for the guest, if it has one.
+    pub cgroup: Option<PathBuf>,
     /// How long the guest may take until it accepts commands.
     pub boot_timeout: Duration,
 }
@@ -58,6 +61,7 @@ impl UmlConfig {
             balloon_sockets: Vec::new(),
             kernel_arguments: Vec::new(),
             cpu: None,
+            cgroup: None,
             boot_timeout: Duration::from_secs(60),
         }
     }
@@ -80,6 +84,13 @@ impl UmlConfig {
     #[must_use]
     pub fn on_cpu(mut self, cpu: u32) -> Self {
         self.cpu = Some(cpu);
+        self
+    }
+
+    /// Puts the guest's processes, and so its memory, into a cgroup that exists.
+    #[must_use]
+    pub fn in_cgroup(mut self, directory: &Path) -> Self {
+        self.cgroup = Some(directory.to_owned());
         self
     }
 
@@ -162,7 +173,8 @@ pub(super) fn start(
     command
         .args(["/bin/sh", "-c", SCRIPT, "aerostat-guest"])
         .arg(ram)
-        .arg(format!("{}M", config.memory_mib + SPARE_MIB));
+        .arg(format!("{}M", config.memory_mib + SPARE_MIB))
+        .arg(config.cgroup.as_deref().unwrap_or(Path::new("")));
     if let Some(cpu) = config.cpu {
         command.args(["taskset", "-c", &cpu.to_string()]);
     }

@@ -5,10 +5,10 @@ use super::error::{Result, VmmError};
 use super::library::{Symbols, symbols};
 use super::ram::GuestRam;
 use aerostat::{
-    aerostat_balloon, aerostat_completion, aerostat_counters, aerostat_device,
-    aerostat_device_config, aerostat_element, aerostat_guest_stats, aerostat_history_entry,
-    aerostat_memory, aerostat_queue_config, aerostat_queue_position, aerostat_range,
-    aerostat_runtime, aerostat_runtime_config,
+    AEROSTAT_KIND_VIRTIO_BALLOON, aerostat_balloon, aerostat_completion, aerostat_counters,
+    aerostat_device, aerostat_device_config, aerostat_element, aerostat_guest_stats,
+    aerostat_history_entry, aerostat_memory, aerostat_queue_config, aerostat_queue_position,
+    aerostat_range, aerostat_runtime, aerostat_runtime_config,
 };
 use parking_lot::Mutex;
 use std::ffi::{CStr, c_int};
@@ -53,6 +53,8 @@ macro_rules! call {
         checked(symbols, stringify!($name), value)
     }};
 }
+
+mod kinds;
 
 /// `sizeof`, as structures of the C ABI carry it.
 #[must_use]
@@ -198,12 +200,29 @@ impl Device {
         config_fd: RawFd,
         completion_fd: RawFd,
     ) -> Result<Self> {
+        let kind = AEROSTAT_KIND_VIRTIO_BALLOON;
+        Self::of_kind(runtime, kind, features, config_fd, completion_fd)
+    }
+
+    /// The same for any protocol.
+    ///
+    /// # Errors
+    /// As the header says.
+    pub fn of_kind(
+        runtime: &Runtime,
+        kind: u32,
+        features: u64,
+        config_fd: RawFd,
+        completion_fd: RawFd,
+    ) -> Result<Self> {
         let config = aerostat_device_config {
             size: size_of_u32::<aerostat_device_config>(),
             flags: 0,
             features,
             config_fd,
             completion_fd,
+            kind,
+            reserved: 0,
         };
         let mut handle = ptr::null_mut();
         let symbols = runtime.symbols;

@@ -34,8 +34,9 @@ pub const CONFIG_NUM_PAGES: u64 = 0;
 pub const CONFIG_ACTUAL: u64 = 4;
 /// Where `poison_val` is.
 pub const CONFIG_POISON: u64 = 12;
-/// How long the driver waits before the test has failed; Linux waits for ever.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long the driver waits before the test has failed; Linux waits for ever. Long enough for a machine
+/// that is stopped or starved for minutes.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What a queue is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

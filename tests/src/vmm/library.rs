@@ -103,6 +103,8 @@ symbols! {
     ) -> c_int;
     aerostat_device_counters(*const aerostat_device, *mut aerostat_counters) -> c_int;
     aerostat_device_node_counters(*const aerostat_device, i32, *mut aerostat_counters) -> c_int;
+    aerostat_device_set_extra_grant(*mut aerostat_device, u64) -> c_int;
+    aerostat_vmware_command(*mut aerostat_device, u64, u64, u64, *mut u32, *mut u64) -> c_int;
     aerostat_device_submit(*mut aerostat_device, *const aerostat_element, usize) -> c_int;
     aerostat_device_completions(*mut aerostat_device, *mut aerostat_completion, usize) -> c_int;
 }

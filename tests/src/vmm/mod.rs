@@ -21,6 +21,8 @@
 //! - [`faults`]: system calls of the library that fail;
 //! - [`userfault`]: memory whose faults the VMM handles;
 //! - [`working_set`]: pages whose contents are known and verified;
+//! - [`memballoon`]: a machine with the other virtio balloon, device ID 13, and its driver;
+//! - [`vmware`]: a machine whose guest speaks VMware's commands, as Linux's vmw_balloon does;
 //! - [`hostile`]: a driver that writes anything anywhere;
 //! - [`books`]: the device's counters, and whether they balance (I4);
 //! - [`usage`]: what this process has of the host, to find what is not given back.
@@ -39,11 +41,13 @@ pub mod hinting;
 pub mod hostile;
 pub mod library;
 pub mod mapping;
+pub mod memballoon;
 pub mod migration;
 pub mod ram;
 pub mod settings;
 pub mod usage;
 pub mod userfault;
+pub mod vmware;
 pub mod vring;
 pub mod working_set;
 

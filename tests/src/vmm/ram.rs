@@ -8,8 +8,8 @@ use super::PAGE_BYTES;
 use super::error::{Result, VmmError};
 use super::mapping::{Backing, Mapping};
 use aerostat::{
-    AEROSTAT_REGION_PINNED, AEROSTAT_REGION_READONLY, AEROSTAT_REGION_SHARED,
-    AEROSTAT_REGION_TRANSPARENT_HUGE, aerostat_memory_region,
+    AEROSTAT_REGION_EXTRA, AEROSTAT_REGION_PINNED, AEROSTAT_REGION_READONLY,
+    AEROSTAT_REGION_SHARED, AEROSTAT_REGION_TRANSPARENT_HUGE, aerostat_memory_region,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
@@ -29,6 +29,8 @@ pub struct RegionSpec {
     pub readonly: bool,
     /// Told to the library: not to be discarded.
     pub pinned: bool,
+    /// Told to the library: its pages begin in the balloon.
+    pub extra: bool,
     /// Told to the library: the host node, or -1.
     pub node: i32,
     /// The host node that the memory is really bound to, if it is.
@@ -48,6 +50,7 @@ impl RegionSpec {
             page_size_bytes: 0,
             readonly: false,
             pinned: false,
+            extra: false,
             node: -1,
             bound: None,
             transparent_huge: false,
@@ -127,7 +130,8 @@ impl GuestRam {
                 flags: flag(mapping.is_shared(), AEROSTAT_REGION_SHARED)
                     | flag(spec.readonly, AEROSTAT_REGION_READONLY)
                     | flag(spec.pinned, AEROSTAT_REGION_PINNED)
-                    | flag(spec.transparent_huge, AEROSTAT_REGION_TRANSPARENT_HUGE),
+                    | flag(spec.transparent_huge, AEROSTAT_REGION_TRANSPARENT_HUGE)
+                    | flag(spec.extra, AEROSTAT_REGION_EXTRA),
                 gpa: spec.gpa,
                 len_bytes: spec.len_bytes,
                 hva: mapping.base().cast(),

@@ -37,7 +37,9 @@ pub(super) fn answer(turn: &mut Turn<'_>) -> (bool, u32) {
     } else {
         let limit = u64::from(turn.config.num_pages());
         turn.balloon
-            .offer(offered, limit, turn.books, |place| set(refused, place));
+            .offer(offered, 1, limit, turn.books, |place, _| {
+                set(refused, place);
+            });
     }
     (true, write(turn))
 }

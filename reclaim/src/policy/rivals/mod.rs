@@ -2,7 +2,7 @@
 //! simulator and in the experiment. They see the same samples through the same trait.
 //!
 //! Each is as its authors describe it, with its own constants and its own period, and gets no help
-//! from the rules around [`super::aerostat`]: no dynamic floor, no holds, no reserve. What a VM is
+//! from the rules around `super::aerostat`: no dynamic floor, no holds, no reserve. What a VM is
 //! configured with is their minimum, as it would be in their own configuration.
 
 mod mom;

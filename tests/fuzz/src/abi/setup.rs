@@ -26,6 +26,8 @@ impl Play<'_> {
             },
             config_fd: self.host.fd(fds[0]),
             completion_fd: self.host.fd(fds[1]),
+            kind: 0,
+            reserved: 0,
         };
         let index = usize::from(device) % SLOTS;
         self.destroy(index);
