@@ -150,8 +150,10 @@ static void bad_devices(struct aerostat_runtime *runtime, int memfd)
     REFUSED(EFAULT, aerostat_device_new(NULL, &good, &device));
     REFUSED(EFAULT, aerostat_device_new(runtime, NULL, &device));
     REFUSED(EFAULT, aerostat_device_new(runtime, &good, NULL));
-    config = good, config.size -= 1;
+    config = good, config.size = 8;
     REFUSED(EMSGSIZE, aerostat_device_new(runtime, &config, &device));
+    config = good, config.kind = 99;
+    REFUSED(EINVAL, aerostat_device_new(runtime, &config, &device));
     config = good, config.flags = 4;
     REFUSED(EINVAL, aerostat_device_new(runtime, &config, &device));
     config = good, config.features = (uint64_t)1 << 63;
@@ -188,6 +190,7 @@ static void no_device(void)
     struct aerostat_element element;
     struct aerostat_completion completion;
     uint64_t features;
+    uint32_t status;
     size_t size;
     memset(&element, 0, sizeof(element));
 
@@ -209,6 +212,8 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_read_config(NULL, 0, &features, 8));
     REFUSED(EFAULT, aerostat_device_write_config(NULL, 0, &features, 8));
     REFUSED(EFAULT, aerostat_device_set_target(NULL, 0));
+    REFUSED(EFAULT, aerostat_device_set_extra_grant(NULL, 0));
+    REFUSED(EFAULT, aerostat_vmware_command(NULL, 0, 0, 0, &status, &features));
     REFUSED(EFAULT, aerostat_device_query(NULL, &balloon));
     REFUSED(EFAULT, aerostat_device_guest_stats(NULL, 0, &stats));
     REFUSED(EFAULT, aerostat_device_set_stats_interval(NULL, 0));
@@ -427,6 +432,7 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     struct aerostat_guest_stats stats = AEROSTAT_GUEST_STATS_INIT;
     struct aerostat_element element;
     struct ring ring;
+    uint32_t status;
     uint64_t offered = 0;
     memset(&element, 0, sizeof(element));
     element_queue.flags = AEROSTAT_QUEUE_ELEMENT;
@@ -443,6 +449,8 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     REFUSED(ENOTCONN, aerostat_device_pause(device));
     REFUSED(EPROTO, aerostat_device_resume(device));
     REFUSED(EPROTO, aerostat_device_uninhibit(device));
+    REFUSED(ENOTSUP, aerostat_device_set_extra_grant(device, 0));
+    REFUSED(ENOTSUP, aerostat_vmware_command(device, 0, 0, 0, &status, &offered));
     REFUSED(EINVAL, aerostat_device_set_target(device, UINT64_MAX));
     REFUSED(ENOTCONN, aerostat_device_start_queue(device, 0, &element_queue));
     OK(aerostat_device_offered_features(device, &offered));

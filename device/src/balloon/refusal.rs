@@ -65,7 +65,8 @@ impl Balloon {
                     .and_then(|index| self.memory.regions().get(index))
                     .and_then(|region| region.node);
                 let verdict = self.consider(found, one, limit_pages);
-                let (counters, length) = (entry.node(node), one.bytes());
+                // In full, also of a page that ends beyond all numbers.
+                let (counters, length) = (entry.node(node), bytes(size));
                 bump(&mut counters.balloon.requested_bytes, length);
                 match verdict {
                     Ok(()) => bump(&mut counters.balloon.pending_bytes, length),
