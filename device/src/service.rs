@@ -149,6 +149,7 @@ impl Service {
             books: &shared.books,
             tape: &shared.tape,
             ballooned_bytes: &shared.ballooned_bytes,
+            extra_bytes: &shared.extra_bytes,
             features: *features,
         };
         shared.protocol.serve(work, queues, &mut turn)
@@ -487,6 +488,7 @@ impl Shared {
             scratch: &mut Scratch::default(),
             books: &self.books,
             ballooned_bytes: &self.ballooned_bytes,
+            extra_bytes: &self.extra_bytes,
             tape: &self.tape,
             features: *features,
         };

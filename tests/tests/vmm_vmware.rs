@@ -53,8 +53,10 @@ fn guests_of_every_version_follow_the_target_up_and_down() -> Result<()> {
         assert_eq!(before - guest.ram().allocated_bytes()?, 32 * MIB);
         guest.device().set_target(10 * MIB)?;
         guest.poll()?;
-        assert_eq!(guest.ballooned_bytes(), 10 * MIB);
-        assert_eq!(guest.device().query()?.ballooned_bytes, 10 * MIB);
+        // The driver leaves less than a large page above the target alone.
+        let left = guest.ballooned_bytes();
+        assert!((10 * MIB..12 * MIB).contains(&left), "{left}");
+        assert_eq!(guest.device().query()?.ballooned_bytes, left);
         guest.device().set_target(0)?;
         guest.poll()?;
         assert_eq!(guest.device().query()?.ballooned_bytes, 0);

@@ -32,6 +32,8 @@ pub(crate) struct Turn<'a> {
     pub(crate) tape: &'a Tape,
     /// The balloon's size, for those who must not wait for its lock.
     pub(crate) ballooned_bytes: &'a AtomicU64,
+    /// And how much the guest has beyond what it booted with.
+    pub(crate) extra_bytes: &'a AtomicU64,
     /// What was negotiated.
     pub(crate) features: u64,
 }
@@ -41,6 +43,8 @@ impl Turn<'_> {
     pub(crate) fn show_size(&self) {
         self.ballooned_bytes
             .store(self.balloon.ballooned_bytes(), Ordering::Release);
+        self.extra_bytes
+            .store(self.balloon.extra_bytes(), Ordering::Release);
     }
 }
 

@@ -82,8 +82,8 @@ impl Shared {
             (0..PAUSES).for_each(|_| spin_loop());
             let mut service = self.service.lock();
             if !service.is_worth_waiting() {
-                // Paused, for instance: nothing is written to its rings any more.
-                return 0;
+                drop(service);
+                return self.end_lingering(queues);
             }
             let seen = service.waiting(queues);
             if seen == 0 && (!patience.lasts() || Instant::now() >= until) {
@@ -118,9 +118,10 @@ impl Shared {
     /// Asks it to kick again; returns the queues that it may not have kicked for.
     fn end_lingering(&self, queues: u32) -> u32 {
         let mut service = self.service.lock();
-        if service.is_worth_waiting() {
+        if service.state == DeviceState::Active {
             service.want_kicks(queues)
         } else {
+            // Nothing is written to its rings. Resuming serves all queues, and asks for kicks then.
             0
         }
     }

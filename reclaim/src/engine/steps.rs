@@ -1,6 +1,6 @@
 //! From decisions to steps that keep the books and the floor.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use super::{Engine, fleet::Where, worker::Step};
 use crate::{
@@ -164,9 +164,14 @@ impl Engine {
     pub(super) fn act(&mut self, decisions: &[Decision]) {
         let mut pool = u64::try_from(self.ledger.lock().pool_bytes()).unwrap_or(0);
         let tight = self.wanting_bytes > 0;
-        let mut plans: Vec<Plan> = decisions
+        let by_vm: BTreeMap<&VmId, &Decision> = decisions
             .iter()
-            .filter_map(|decision| self.plan(decision, tight))
+            .map(|decision| (&decision.vm, decision))
+            .collect();
+        // Limits follow the balloons also of VMs about which nothing was decided.
+        let vms = self.sample.vms.iter();
+        let mut plans: Vec<Plan> = vms
+            .filter_map(|vm| self.plan(vm, by_vm.get(&vm.id).copied(), tight))
             .collect();
         // Urgent needs first, then dues, as far as the pool goes.
         let mut wanting = 0_u64;
@@ -208,16 +213,15 @@ impl Engine {
         self.wanting_bytes = wanting;
     }
 
-    /// What a decision means for one VM and its limit.
-    fn plan(&self, decision: &Decision, tight: bool) -> Option<Plan> {
-        let vm = self.vm(&decision.vm)?;
+    /// What a decision, or none, means for one VM and its limit.
+    fn plan(&self, vm: &VmSample, decision: Option<&Decision>, tight: bool) -> Option<Plan> {
         let member = self.members.get(&vm.id)?;
-        let target = decision.target_bytes;
+        let target = decision.map_or(vm.target_bytes, |decision| decision.target_bytes);
         let mut plan = Plan {
             vm: vm.id.clone(),
             step: Step {
                 target_bytes: (vm.reachable && target != vm.target_bytes).then_some(target),
-                nodes: decision.nodes.clone(),
+                nodes: decision.map_or_else(Vec::new, |decision| decision.nodes.clone()),
                 ..Step::default()
             },
             target_before_bytes: vm.target_bytes,
@@ -232,7 +236,7 @@ impl Engine {
         let slack = self.config.host.slack.0;
         plan.step.limits = Some((limits, slack));
         if self.config.host.allow_reclaim {
-            plan.step.reclaim_bytes = decision.reclaim_bytes;
+            plan.step.reclaim_bytes = decision.map_or(0, |decision| decision.reclaim_bytes);
         }
         if vm.memory_bytes == 0 {
             return Some(plan);
