@@ -228,6 +228,8 @@ fn examples_are_clean_under_valgrind() {
             succeed(
                 Command::new("valgrind")
                     .args(["--quiet", "--error-exitcode=99", "--leak-check=full"])
+                    // Threads take turns: otherwise one that locks in a loop may starve the others.
+                    .arg("--fair-sched=yes")
                     .arg("--track-fds=no")
                     .arg(program),
             );
