@@ -316,7 +316,14 @@ mod tests {
     use super::*;
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
+    /// The program does this once, before it maps anything.
+    fn install_watch() {
+        static INSTALLED: std::sync::Once = std::sync::Once::new();
+        INSTALLED.call_once(|| crate::sigbus::install(64).unwrap());
+    }
+
     fn memfd(len: u64) -> OwnedFd {
+        install_watch();
         let file = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&file, len).unwrap();
         file
