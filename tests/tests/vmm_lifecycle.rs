@@ -102,6 +102,8 @@ fn reset_empties_the_balloon_and_ends_all_access() -> Result<()> {
     let mut guest = vmm.boot(&GuestConfig::new(MEMFD, 32))?;
     let working_set = guest.fill_memory(500, 6)?;
     guest.balloon_to(8 * MIB)?;
+    // Nothing waits in the window that the reset would withdraw.
+    guest.settled_books()?;
 
     guest.device().reset()?;
 
