@@ -50,6 +50,8 @@ mod target;
 
 mod write_behind;
 
+mod deflate;
+
 mod stats;
 
 mod hints;
@@ -64,6 +66,7 @@ mod vmware;
 
 pub use config_space::*;
 pub use counters::*;
+pub use deflate::*;
 pub use device::*;
 pub use element::*;
 pub use features::*;
