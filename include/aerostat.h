@@ -1415,7 +1415,8 @@ int aerostat_device_flush(struct aerostat_device *device);
  *
  * Threads: any; may wait for milliseconds.
  */
-int aerostat_device_set_deflate(struct aerostat_device *device, uint32_t flags);
+int aerostat_device_set_deflate(struct aerostat_device *device,
+                                uint32_t flags);
 
 /**
  * Tells what the guest last said of its memory. With a timeout it asks the guest first and waits
