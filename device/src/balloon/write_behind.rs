@@ -9,7 +9,7 @@ use crate::discard::{Discarder, WriteBehind};
 use crate::memory::{GuestMemory, Pfn, PfnRange};
 use crate::metrics::Books;
 use crate::pages::frames::Frames;
-use crate::pages::ranges::coalesce_pages;
+use crate::pages::ranges::{coalesce_pages, coalesce_ranges};
 use crossbeam_channel::Receiver;
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,49 +25,52 @@ impl Balloon {
         let regions = self.memory.regions();
         let plain = |region: &Region| !region.pinned && region.pages_per_frame() == 1;
         if self.window.is_open() && !self.inhibited && regions.iter().all(plain) {
-            self.let_wait(pages, books);
+            self.let_wait(pages, ranges, books);
         } else {
             let duplicate_pages = coalesce_pages(pages, ranges);
             self.give(ranges, duplicate_pages, books);
         }
     }
 
-    /// Lets pages wait. Bitmaps put them in order, so that they need not be sorted before.
-    fn let_wait(&mut self, pages: &[Pfn], books: &Books) {
+    /// Lets pages wait. Bitmaps put them in order, so that they need not be sorted before; those that can
+    /// never be in the balloon are, into `nowhere`.
+    fn let_wait(&mut self, pages: &[Pfn], nowhere: &mut Vec<PfnRange>, books: &Books) {
         let regions = self.memory.regions();
         books.enter(|entry| {
             let mut rest = pages;
             while let Some(first) = rest.first() {
-                let below = regions.partition_point(|region| region.pfns().end <= *first);
-                let region = regions.get(below);
-                let here = region.map_or(PfnRange::new(*first, 0), Region::pfns);
-                let inside = |page: &&Pfn| here.start <= **page && **page < here.end;
-                let count = rest.iter().take_while(inside).count();
-                let (Some(region), Some((here, after)), 1..) =
-                    (region, rest.split_at_checked(count), count)
+                let index = regions.partition_point(|region| region.pfns().end <= *first);
+                let region = regions.get(index).filter(|region| !region.readonly);
+                let span = region.map_or(PfnRange::new(*first, 0), Region::pfns);
+                let inside = |page: &&Pfn| span.start <= **page && **page < span.end;
+                let (here, after) = rest.split_at(rest.iter().take_while(inside).count());
+                let (Some(region), Some(bitmap), false) =
+                    (region, self.ownership.region(index), here.is_empty())
                 else {
-                    let flow = &mut entry.device().balloon;
-                    bump(&mut flow.requested_bytes, bytes(1));
-                    bump(&mut flow.skipped_out_of_range_bytes, bytes(1));
+                    nowhere.push(PfnRange::new(*first, 1));
                     rest = rest.get(1..).unwrap_or_default();
                     continue;
                 };
                 rest = after;
-                let requested = bytes(count as u64);
-                let flow = &mut entry.node(region.node).balloon;
-                bump(&mut flow.requested_bytes, requested);
-                let bitmap = self.ownership.region(below);
-                let Some(bitmap) = bitmap.filter(|_| !region.readonly) else {
-                    bump(&mut flow.skipped_out_of_range_bytes, requested);
-                    continue;
-                };
                 let fresh = here.iter().copied();
                 let fresh = fresh.filter(|page| bitmap.insert_page(*page));
-                let added = self.window.add_pages(below, fresh);
+                let added = self.window.add_pages(index, fresh);
                 self.ballooned_pages += added;
+                let flow = &mut entry.node(region.node).balloon;
+                let listed = here.len() as u64;
+                bump(&mut flow.requested_bytes, bytes(listed));
                 bump(&mut flow.pending_bytes, bytes(added));
-                bump(&mut flow.skipped_duplicate_bytes, requested - bytes(added));
+                bump(&mut flow.skipped_duplicate_bytes, bytes(listed - added));
             }
+            let listed = nowhere.len() as u64;
+            let duplicate = coalesce_ranges(nowhere);
+            let flow = &mut entry.device().balloon;
+            bump(&mut flow.requested_bytes, bytes(listed));
+            bump(&mut flow.skipped_duplicate_bytes, bytes(duplicate));
+            bump(
+                &mut flow.skipped_out_of_range_bytes,
+                bytes(listed - duplicate),
+            );
         });
     }
 
