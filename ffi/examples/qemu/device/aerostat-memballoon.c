@@ -61,9 +61,16 @@ static void memballoon_class_init(ObjectClass *klass, void *data)
     abc->served_here = memballoon_served_here;
 }
 
+/* A command has much to discard already: nothing is gained by waiting for more. */
+static void memballoon_instance_init(Object *obj)
+{
+    AEROSTAT_BALLOON(obj)->write_behind_bytes = 0;
+}
+
 static const TypeInfo memballoon_info = {
     .name = TYPE_AEROSTAT_MEMBALLOON,
     .parent = TYPE_AEROSTAT_BALLOON,
+    .instance_init = memballoon_instance_init,
     .class_init = memballoon_class_init,
 };
 
