@@ -163,7 +163,7 @@ fn a_guest_without_large_pages_gives_small_ones_and_exchanges_them_later() {
     let small = inflate(&mut machine, 76);
     assert_eq!(attribute(&mut machine, "page_bytes"), 4096);
     assert_eq!(attribute(&mut machine, "small_bytes"), 12 * MIB);
-    assert!(attribute(&mut machine, "negotiations") == 1);
+    assert_eq!(attribute(&mut machine, "negotiations"), 1);
     let host = machine.host_memory_bytes().unwrap();
     assert!(machine.verify_working_set(&set).unwrap());
 
