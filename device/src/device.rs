@@ -8,6 +8,7 @@
 mod extras;
 mod host_reset;
 
+use crate::accounting::Accountant;
 use crate::balloon::{Balloon, bump};
 use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
@@ -497,6 +498,12 @@ impl Device {
     #[must_use]
     pub fn history(&self, since: u64, max: usize) -> Vec<HistoryEntry> {
         self.shared.history.since(since, max)
+    }
+
+    /// From now on `accountant` is told what leaves the guest and what goes back to it; `None` for
+    /// nobody. When this returns, no call to the one before is under way.
+    pub fn set_accountant(&self, accountant: Option<Arc<dyn Accountant>>) {
+        self.shared.books.set_accountant(accountant);
     }
 
     /// The device's books, as of one instant.
