@@ -38,6 +38,8 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(30);
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 const SAMPLE_PERIOD: Duration = Duration::from_secs(1);
+/// What a guest needs when it does nothing.
+const LEAST_MIB: u64 = 24;
 /// What a shell says of a process that was ended by SIGKILL.
 const KILLED: i32 = 128 + 9;
 const MIB: u64 = 1 << 20;
@@ -164,7 +166,8 @@ impl Round<'_> {
     /// memory touched than the guests need.
     fn settle(&self) -> Result<(), ExperimentError> {
         self.everywhere(load::RESET)?;
-        let most = self.plan.guest_mib.saturating_sub(self.plan.floor_mib) * MIB;
+        // All that a guest without work can give.
+        let most = self.plan.guest_mib.saturating_sub(LEAST_MIB) * MIB;
         let mut clients = self.clients()?;
         for target in [most, 0] {
             for client in &mut clients {

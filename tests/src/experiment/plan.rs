@@ -10,16 +10,16 @@ use super::load::Load;
 #[derive(Clone, Debug, Args)]
 pub struct Plan {
     /// Guests
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 4)]
     pub guests: usize,
     /// Memory of each guest
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     pub guest_mib: u64,
     /// Memory of the host that guests can have
-    #[arg(long, value_name = "MIB", default_value_t = 448)]
+    #[arg(long, value_name = "MIB", default_value_t = 360)]
     pub room_mib: u64,
     /// All memory of the host VM; what is above the room is locked
-    #[arg(long, value_name = "MIB", default_value_t = 896)]
+    #[arg(long, value_name = "MIB", default_value_t = 768)]
     pub host_mib: u64,
     /// Swap space of the host
     #[arg(long, value_name = "MIB", default_value_t = 768)]
