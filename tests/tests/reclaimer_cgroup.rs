@@ -376,4 +376,49 @@ mod inside {
             })
             .unwrap_or_else(|error| panic!("{error}"));
     }
+
+    #[test]
+    #[ignore = "sets the clock: runs in the host VM"]
+    fn a_clock_that_jumps_by_a_day_and_back_changes_nothing() {
+        let root = delegated("clock");
+        let sockets = tempfile::tempdir().unwrap();
+        let vm = root.create("a").unwrap();
+        let _load = Load::start(&vm, 16);
+        control_socket(&sockets.path().join("a.ctl"), 128 * MIB);
+        let host = format!(
+            "period-ms = 100\ncgroup-root = \"{}\"\nbudget = \"600M\"\noverhead = \"32M\"\nslack = \"8M\"",
+            root.root().path().display()
+        );
+        let vms = format!(
+            "[policy]\nname = \"none\"\n[[vm]]\nprotocol = \"aerostat\"\nsocket = \"{}/{{name}}.ctl\"\n\
+             cgroup = \"{{name}}\"\n",
+            sockets.path().display()
+        );
+        let daemon = Reclaimer::start(&host, &vms).unwrap();
+        let settled = |d: &Reclaimer| {
+            d.number("a", "limit-bytes") == 160 * MIB && d.number("a", "actual-bytes") == 128 * MIB
+        };
+        daemon
+            .until("the limit follows the balloon", settled)
+            .unwrap();
+        let ticks = |d: &Reclaimer| d.status()["ticks"].as_u64().unwrap_or(0);
+        let now = || {
+            let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+            i64::try_from(since.as_secs()).unwrap()
+        };
+        for jump in [86_400, -2 * 86_400, 86_400] {
+            let date = format!("@{}", now() + jump);
+            let set = Command::new("/bin/busybox")
+                .args(["date", "-s", &date])
+                .output();
+            assert!(set.unwrap().status.success());
+            let before = ticks(&daemon);
+            daemon
+                .until("it goes on deciding", |d| {
+                    ticks(d) >= before + 5 && settled(d)
+                })
+                .unwrap();
+            assert_eq!(vm.limits().unwrap().high_bytes, Some(160 * MIB));
+        }
+    }
 }

@@ -340,8 +340,13 @@ impl Engine {
                 continue;
             };
             member.reason = decision.reason.to_string();
-            if before != Some(decision.target_bytes) {
-                let target = decision.target_bytes;
+            let target = decision.target_bytes;
+            if before == Some(target) {
+                continue;
+            }
+            if self.dry_run {
+                tracing::info!(vm = %decision.vm, target, "would be set: {}", member.reason);
+            } else {
                 tracing::debug!(vm = %decision.vm, target, "{}", member.reason);
             }
         }

@@ -38,8 +38,6 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(30);
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 const SAMPLE_PERIOD: Duration = Duration::from_secs(1);
-/// What a guest needs when it does nothing.
-const LEAST_MIB: u64 = 24;
 /// What a shell says of a process that was ended by SIGKILL.
 const KILLED: i32 = 128 + 9;
 const MIB: u64 = 1 << 20;
@@ -166,8 +164,7 @@ impl Round<'_> {
     /// memory touched than the guests need.
     fn settle(&self) -> Result<(), ExperimentError> {
         self.everywhere(load::RESET)?;
-        // All that a guest without work can give.
-        let most = self.plan.guest_mib.saturating_sub(LEAST_MIB) * MIB;
+        let most = self.plan.guest_mib.saturating_sub(self.plan.floor_mib) * MIB;
         let mut clients = self.clients()?;
         for target in [most, 0] {
             for client in &mut clients {
