@@ -94,7 +94,7 @@
  *   -ERANGE         an address is outside guest memory, or overflows
  *   -EBADF          a descriptor is closed, or of the wrong kind
  *   -ENOTSUP        a feature is not offered, not negotiated, not compiled in, or not the host's
- *   -EALREADY       the device or queue is started already
+ *   -EALREADY       the device or queue is started already, or a cgroup attached
  *   -ENOTCONN       the device is not set up far enough
  *   -EBUSY          the device is paused
  *   -EPROTO         the call ends something that was not begun

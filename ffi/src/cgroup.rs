@@ -84,18 +84,18 @@ impl From<AttachError> for Refusal {
 /// Lets the limit of a cgroup follow the device's balloon: memory.high of the cgroup at path (below
 /// /sys/fs/cgroup, version 2), which has to be set to what the VM may occupy; that is the budget.
 ///
-/// When the balloon has given memory back to the host, the limit falls by what has left, never below what
-/// the cgroup occupies and 16 MiB. It is raised again before the guest is told that it has memory back.
-/// So the limits of all VMs together never exceed what they were given, and what balloons took can be
-/// given to others. Attach it before the guest inflates: what is in the balloon already does not count.
-/// Do not let aerostatd keep the same limit.
+/// When the balloon has given memory back to the host, the limit falls by what has left, never below
+/// what the cgroup occupies and 16 MiB. It is raised again before the guest is told that it has memory
+/// back (invariant I5). So the limits of all VMs together never exceed what they were given, and what
+/// balloons took can be given to others. Attach it before the guest inflates: what is in the balloon
+/// already does not count. Do not let aerostatd keep the same limit.
 ///
-/// Returns: 0, or -EALREADY (a cgroup is attached), -ENODATA (memory.high is "max"), -ENOENT (no such cgroup), -ENOTSUP (not cgroup
-/// version 2), -ENODEV (the memory controller is not enabled there), -EFAULT (a pointer is NULL), or what
-/// the operating system answered.
+/// Returns: 0, or -EALREADY (a cgroup is attached), -ENODATA (memory.high is "max"), -ENOENT (no such
+/// cgroup), -ENOTSUP (not cgroup version 2), -ENODEV (the memory controller is not enabled there),
+/// -EFAULT (a pointer is NULL), or what the operating system answered.
 ///
-/// Threads: any. The threads that discard and those that serve the deflate queue read and write limits: a
-/// write for each 4 MiB that leave, and one for each deflate.
+/// Threads: any. The threads that discard and those that serve the deflate queue read and write limits:
+/// a write for each 4 MiB that leave, and one for each deflate.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn aerostat_device_attach_cgroup(
     device: *mut aerostat_device,
