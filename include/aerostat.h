@@ -318,6 +318,18 @@
  */
 #define AEROSTAT_ELEMENT_HERE (1u << 0)
 
+/**
+ * The host allocates the pages of a deflate before it is acknowledged, by one call a run, instead of by
+ * a fault for each page when the guest touches it. Needs Linux 5.14.
+ */
+#define AEROSTAT_DEFLATE_PREFAULT (1u << 0)
+
+/**
+ * The host makes huge frames of 2 MiB again of those that have no page in the balloon any more, before
+ * the deflate is acknowledged. For memory that may be in transparent huge pages. Needs Linux 6.1.
+ */
+#define AEROSTAT_DEFLATE_REBUILD (1u << 1)
+
 /** How many values `struct aerostat_guest_stats` has. */
 #define AEROSTAT_STATS 16
 
@@ -1415,6 +1427,22 @@ int aerostat_device_set_write_behind(struct aerostat_device *device,
  * Threads: any. Waits until it is discarded, which takes some milliseconds.
  */
 int aerostat_device_flush(struct aerostat_device *device);
+
+/**
+ * Chooses what is done for pages that the guest takes out of the balloon, AEROSTAT_DEFLATE_* bits; 0
+ * (the default) leaves all to the guest's own page faults. Either makes the guest wait longer for the
+ * acknowledgement and run faster afterwards: docs/performance.md has what was measured.
+ *
+ * Best effort: what the host cannot do or has no memory for is left out. Nothing is done for pinned
+ * regions, nor while discarding is inhibited (aerostat_device_inhibit()). The setting survives a reset
+ * and a new memory table.
+ *
+ * Returns: 0, or -EINVAL (an unknown flag), -EFAULT (device is NULL).
+ *
+ * Threads: any; may wait for milliseconds.
+ */
+int aerostat_device_set_deflate(struct aerostat_device *device,
+                                uint32_t flags);
 
 /**
  * Tells what the guest last said of its memory. With a timeout it asks the guest first and waits

@@ -217,6 +217,7 @@ impl Device {
         service.queues.replace_rings(rings);
         self.shared.find_home(&memory);
         let (inhibited, extra_grant_bytes) = (service.inhibits > 0, service.extra_grant_bytes);
+        let deflate = service.deflate;
         match &mut service.balloon {
             Some(balloon) => balloon.set_memory(memory, &self.shared.books),
             none => {
@@ -224,6 +225,7 @@ impl Device {
                 balloon.heed(Arc::clone(self.shared.service.waiting()));
                 balloon.set_inhibited(inhibited, &self.shared.books);
                 balloon.set_extra_grant(extra_grant_bytes);
+                balloon.set_deflate(deflate);
                 *none = Some(balloon);
             }
         }

@@ -233,6 +233,7 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_set_stats_interval(NULL, 0));
     REFUSED(EFAULT, aerostat_device_set_write_behind(NULL, 0, 0));
     REFUSED(EFAULT, aerostat_device_flush(NULL));
+    REFUSED(EFAULT, aerostat_device_set_deflate(NULL, 0));
     REFUSED(EFAULT, aerostat_device_start_hints(NULL, 1));
     REFUSED(EFAULT, aerostat_device_finish_hints(NULL));
     REFUSED(EFAULT, aerostat_device_take_hints(NULL, NULL, 0, NULL));

@@ -439,6 +439,18 @@ impl Device {
         .map(drop)
     }
 
+    /// Chooses what is done for pages that the guest takes back, `AEROSTAT_DEFLATE_*` bits.
+    ///
+    /// # Errors
+    /// A bit is not known.
+    pub fn set_deflate(&self, flags: u32) -> Result<()> {
+        call!(
+            self.symbols,
+            aerostat_device_set_deflate(self.handle, flags)
+        )
+        .map(drop)
+    }
+
     /// Discards what waits.
     ///
     /// # Errors

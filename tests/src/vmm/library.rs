@@ -88,6 +88,7 @@ symbols! {
     aerostat_device_set_target(*mut aerostat_device, u64) -> c_int;
     aerostat_device_set_write_behind(*mut aerostat_device, u64, u32) -> c_int;
     aerostat_device_flush(*mut aerostat_device) -> c_int;
+    aerostat_device_set_deflate(*mut aerostat_device, u32) -> c_int;
     aerostat_device_query(*const aerostat_device, *mut aerostat_balloon) -> c_int;
     aerostat_device_guest_stats(*mut aerostat_device, u32, *mut aerostat_guest_stats) -> c_int;
     aerostat_device_set_stats_interval(*mut aerostat_device, u32) -> c_int;
