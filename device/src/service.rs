@@ -3,6 +3,8 @@
 mod elements;
 mod linger;
 pub(crate) mod lock;
+#[cfg(all(test, loom))]
+mod models;
 pub(crate) mod queues;
 mod turnstile;
 
@@ -18,11 +20,11 @@ use crate::protocol::contract::{ASKED, Broken, Notice, Protocol, Turn};
 use crate::ring::source::{Completion, Element, ElementQueue, RingQueue, Source};
 use crate::ring::{Ring, RingFeatures};
 use crate::runtime::{Patience, Pool, Runtime, Scratch, Servable, Timer};
+use crate::sync::Mutex;
+use crate::sync::channel::{Receiver, Sender, unbounded};
 use crate::trace::Tape;
-use crossbeam_channel::{Receiver, Sender, unbounded};
 use linger::Attention;
 use lock::ServiceLock;
-use parking_lot::Mutex;
 use queues::{Queue, Queues, position_of};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;

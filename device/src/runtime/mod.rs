@@ -113,9 +113,26 @@ impl Runtime {
         }))
     }
 
+    /// The same for models of threads, on a host with processors to spare: the threads of a model are the
+    /// workers, and call [`Self::turn`].
+    #[cfg(all(test, loom))]
+    pub(crate) fn modelled(capabilities: Arc<Capabilities>) -> Arc<Self> {
+        let node = topology::Node {
+            id: crate::memory::NodeId(0),
+            cpus: None,
+            processors: 8,
+        };
+        let host = topology::Host::of_nodes(vec![node]);
+        Arc::new(Self {
+            pool: Arc::new(Pool::new(host, &[1]).expect("an epoll instance")),
+            capabilities,
+            threads: Vec::new(),
+        })
+    }
+
     /// Does one piece of the work that waits; false if there is none. For [`Self::inline`] only. Without
     /// `parts`, discards that were handed to another worker stay undone.
-    #[cfg(feature = "fuzzing")]
+    #[cfg(any(feature = "fuzzing", loom))]
     #[doc(hidden)]
     pub fn turn(&self, parts: bool) -> bool {
         self.pool.work_inline(parts)
