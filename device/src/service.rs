@@ -12,7 +12,7 @@ use crate::balloon::{Balloon, bump};
 use crate::device::{DeviceState, QueueConfig, QueuePosition};
 use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
-use crate::event::{EventFd, check_eventfd};
+use crate::event::{EventFd, Sharer, check_eventfd};
 use crate::history::{History, HistoryEvent};
 use crate::memory::GuestMemory;
 use crate::metrics::Books;
@@ -79,6 +79,7 @@ pub(crate) struct Shared {
     submitted: (Sender<Element>, Receiver<Element>),
     completed: (Sender<Completion>, Receiver<Completion>),
     completion_event: Option<Arc<EventFd>>,
+    calls_shared_with: Sharer,
     /// Elements submitted whose completion was not collected yet.
     outstanding: AtomicUsize,
     /// Copies of what is in the service, for those who must not wait.
@@ -169,6 +170,7 @@ impl Shared {
         protocol: Box<dyn Protocol>,
         config_event: Option<EventFd>,
         completion_event: Option<Arc<EventFd>>,
+        calls_shared_with: Sharer,
         history: Arc<History>,
     ) -> Result<Arc<Self>> {
         let timer = Timer::new()?;
@@ -199,6 +201,7 @@ impl Shared {
             submitted: unbounded(),
             completed: unbounded(),
             completion_event,
+            calls_shared_with,
             outstanding: AtomicUsize::new(0),
             state: AtomicU8::new(DeviceState::Configuring as u8),
             features: AtomicU64::new(0),
@@ -312,7 +315,7 @@ impl Shared {
                 let memory = balloon.memory();
                 let taken = Ring::new(memory, config.size, places, ring.position, ring_features)?;
                 check_eventfd("kick", &ring.kick)?;
-                let call = ring.call.map(|fd| EventFd::new("call", fd)).transpose()?;
+                let call = self.call_event(ring.call)?;
                 let home = self.home.load(Ordering::Relaxed);
                 let device: Weak<dyn Servable> = self.this.clone();
                 let kick = pool.register(home, ring.kick, device, index)?;
@@ -323,6 +326,12 @@ impl Shared {
             }
         };
         service.queues.start(index, queue)
+    }
+
+    /// What a queue's interrupts are signalled on.
+    pub(crate) fn call_event(&self, call: Option<OwnedFd>) -> Result<Option<EventFd>> {
+        let event = |fd| EventFd::new("call", fd, self.calls_shared_with);
+        call.map(event).transpose()
     }
 
     pub(crate) fn stop_queue(&self, service: &mut Service, index: u16) -> Result<QueuePosition> {

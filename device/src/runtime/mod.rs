@@ -7,7 +7,8 @@
 //! eventfd in the same epoll instance wakes a worker for it.
 //!
 //! System calls of the workers (for seccomp filters): epoll_wait, poll, read, write, futex, madvise,
-//! process_madvise, fallocate, sendto, timerfd_settime, rt_sigprocmask, sched_setaffinity, sched_yield, clock_gettime, mmap, munmap, exit.
+//! process_madvise, fallocate, sendto, timerfd_settime, rt_sigprocmask, sched_setaffinity, sched_yield, clock_gettime, mmap, munmap, exit;
+//! io_submit and io_getevents where call eventfds are shared with somebody who is not trusted ([`crate::Sharer`]).
 
 mod signals;
 mod timer;
