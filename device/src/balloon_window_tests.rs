@@ -1,8 +1,10 @@
 //! Write-behind: what waits, what is flushed, and that nothing is discarded once it was taken back.
 
-use super::tests::{Guest, guest, huge, range};
+use super::tests::{Guest, Notes, guest, huge, range};
 use super::*;
 use crate::discard::WriteBehind;
+use crate::memory::Pfn;
+use crate::pages::ranges::coalesce_pages;
 use crate::runtime::{Runtime, RuntimeConfig};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,7 +41,7 @@ fn pages_wait_until_the_limit_and_go_in_one_call() {
     for start in [512, 513] {
         let pages: Vec<_> = (0..128).map(|page| range(start + 2 * page, 1)).collect();
         guest.balloon.give(&pages, 0, &books);
-        guest.balloon.flush_if_due(false, &books, || ());
+        guest.balloon.flush_if_due(false, false, &books, || ());
     }
     guest.balloon.drain(&books);
     assert_eq!(flow(&books).discarded_bytes, 256 * 4096);
@@ -54,7 +56,7 @@ fn pages_wait_until_the_limit_and_go_in_one_call() {
 fn below_the_limit_nothing_is_freed_and_all_is_pending() {
     let (mut guest, books, _runtime) = windowed(|_| ());
     guest.balloon.give(&[range(600, 100)], 0, &books);
-    guest.balloon.flush_if_due(false, &books, || ());
+    guest.balloon.flush_if_due(false, false, &books, || ());
     assert_eq!(flow(&books).pending_bytes, 100 * 4096);
     assert_eq!(guest.host_pages(), 2048);
     guest.balloon.take(&[range(610, 20)], 0, &books);
@@ -63,10 +65,42 @@ fn below_the_limit_nothing_is_freed_and_all_is_pending() {
         (after.pending_bytes, after.withdrawn_bytes),
         (80 * 4096, 20 * 4096)
     );
-    guest.balloon.flush_if_due(true, &books, || ());
+    guest.balloon.flush_if_due(true, false, &books, || ());
     guest.balloon.drain(&books);
     assert_eq!(flow(&books).discarded_bytes, 80 * 4096);
     assert_eq!(guest.host_pages(), 2048 - 80);
+}
+
+#[test]
+fn an_accountant_hears_nothing_of_pages_that_only_waited() {
+    let (mut guest, books, _runtime) = windowed(|_| ());
+    let notes = Notes::on(&books);
+    guest.balloon.give(&[range(600, 100)], 0, &books);
+    guest.balloon.take(&[range(610, 20)], 0, &books);
+    assert!(notes.take().is_empty());
+    guest.balloon.drain(&books);
+    assert_eq!(notes.take(), [("reclaimed", 80 * 4096)]);
+    guest.balloon.give(&[range(610, 20)], 0, &books);
+    guest.balloon.reset(&books);
+    assert_eq!(notes.take(), [("emptied", 0)]);
+}
+
+#[test]
+fn what_is_due_goes_in_morsels_between_the_buffers_of_a_busy_guest() {
+    let (mut guest, books, _runtime) = windowed(|_| ());
+    assert!(!guest.balloon.flush_a_morsel(&books), "nothing waits");
+    let pages = LIMIT.limit_bytes / 4096;
+    guest.balloon.give(&[range(600, pages - 1)], 0, &books);
+    assert!(!guest.balloon.flush_a_morsel(&books), "nothing is due");
+    guest.balloon.give(&[range(700 + pages, 1)], 0, &books);
+    let mut before = 0;
+    while guest.balloon.flush_a_morsel(&books) {
+        let now = flow(&books).discarded_bytes;
+        assert!(now - before <= 64 * 4096, "{now} after {before}");
+        before = now;
+    }
+    assert_eq!(before, LIMIT.limit_bytes);
+    assert_eq!(guest.host_pages(), 2048 - pages);
 }
 
 #[test]
@@ -127,11 +161,44 @@ fn reset_gives_waiting_pages_back_untouched() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
+    /// Single pages in any order, some of them twice or nowhere, are what the same pages are as ranges.
+    #[test]
+    fn pages_that_wait_unsorted_are_what_they_are_sorted(
+        lists in prop::collection::vec(prop::collection::vec(400u64..2700, 0..300), 1..6),
+    ) {
+        let mut seen = Vec::new();
+        for unsorted in [true, false] {
+            let (mut guest, books, _runtime) = windowed(|_| ());
+            guest.balloon.set_write_behind(
+                WriteBehind { limit_bytes: 1 << 40, ..LIMIT },
+                &books,
+            );
+            for list in &lists {
+                let mut pages: Vec<Pfn> = list.iter().copied().map(Pfn).collect();
+                let mut ranges = Vec::new();
+                if unsorted {
+                    guest.balloon.give_pages(&mut pages, &mut ranges, &books);
+                } else {
+                    let duplicates = coalesce_pages(&mut pages, &mut ranges);
+                    guest.balloon.give(&ranges, duplicates, &books);
+                }
+            }
+            let waiting = flow(&books);
+            guest.balloon.drain(&books);
+            let mut runs = Vec::new();
+            guest.balloon.runs(|run| runs.push(run));
+            let ranges = books.total().discard_ranges;
+            let discarded = flow(&books).discarded_bytes;
+            seen.push((waiting, discarded, runs, ranges, guest.host_pages()));
+        }
+        prop_assert_eq!(&seen[0], &seen[1]);
+    }
+
     /// I1 and I4 with flushes under way: what the guest wrote to pages it owns stays, in frames too.
     #[test]
     fn pages_taken_back_keep_what_the_guest_writes(
         frames: bool,
-        steps in prop::collection::vec((0u8..4, 512u64..2560, 1u64..900), 1..40),
+        steps in prop::collection::vec((0u8..5, 512u64..2560, 1u64..900), 1..40),
     ) {
         let (mut guest, books, _runtime) = windowed(|region| if frames { huge(region) });
         let mut ballooned = BTreeSet::new();
@@ -145,7 +212,7 @@ proptest! {
                         ballooned.insert(page);
                         written.remove(&page);
                     }
-                    guest.balloon.flush_if_due(action == 1, &books, || ());
+                    guest.balloon.flush_if_due(action == 1, false, &books, || ());
                 }
                 2 => {
                     guest.balloon.take(&[run], 0, &books);
@@ -157,7 +224,13 @@ proptest! {
                         }
                     }
                 }
-                _ => guest.balloon.drain(&books),
+                3 => guest.balloon.drain(&books),
+                _ => {
+                    guest.balloon.flush_if_due(false, true, &books, || ());
+                    for _ in 0..pages % 32 {
+                        guest.balloon.flush_a_morsel(&books);
+                    }
+                }
             }
             flow(&books);
             prop_assert_eq!(guest.balloon.ballooned_bytes(), ballooned.len() as u64 * 4096);

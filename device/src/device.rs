@@ -8,6 +8,7 @@
 mod extras;
 mod host_reset;
 
+use crate::accounting::Accountant;
 use crate::balloon::{Balloon, bump};
 use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
@@ -227,6 +228,7 @@ impl Device {
         service.queues.replace_rings(rings);
         self.shared.find_home(&memory);
         let (inhibited, extra_grant_bytes) = (service.inhibits > 0, service.extra_grant_bytes);
+        let deflate = service.deflate;
         match &mut service.balloon {
             Some(balloon) => balloon.set_memory(memory, &self.shared.books),
             none => {
@@ -234,6 +236,7 @@ impl Device {
                 balloon.heed(Arc::clone(self.shared.service.waiting()));
                 balloon.set_inhibited(inhibited, &self.shared.books);
                 balloon.set_extra_grant(extra_grant_bytes);
+                balloon.set_deflate(deflate);
                 *none = Some(balloon);
             }
         }
@@ -508,6 +511,12 @@ impl Device {
     #[must_use]
     pub fn history(&self, since: u64, max: usize) -> Vec<HistoryEntry> {
         self.shared.history.since(since, max)
+    }
+
+    /// From now on `accountant` is told what leaves the guest and what goes back to it; `None` for
+    /// nobody. When this returns, no call to the one before is under way.
+    pub fn set_accountant(&self, accountant: Option<Arc<dyn Accountant>>) {
+        self.shared.books.set_accountant(accountant);
     }
 
     /// The device's books, as of one instant.

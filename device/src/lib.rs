@@ -17,6 +17,7 @@
     )
 )]
 
+pub mod accounting;
 mod balloon;
 pub mod device;
 pub mod discard;
@@ -35,6 +36,7 @@ mod service;
 mod sync;
 pub mod trace;
 
+pub use accounting::Accountant;
 pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
 pub use discard::{DeflateOptions, WriteBehind};
 pub use error::{Error, Result};

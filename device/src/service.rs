@@ -10,7 +10,7 @@ mod turnstile;
 
 use crate::balloon::{Balloon, bump};
 use crate::device::{DeviceState, QueueConfig, QueuePosition};
-use crate::discard::WriteBehind;
+use crate::discard::{DeflateOptions, WriteBehind};
 use crate::error::{Error, Result};
 use crate::event::{EventFd, Sharer, check_eventfd};
 use crate::history::{History, HistoryEvent};
@@ -50,6 +50,8 @@ pub(crate) struct Service {
     /// Where rings go on, if the device was restored since its last reset.
     pub(crate) restored: Option<Vec<Option<QueuePosition>>>,
     pub(crate) write_behind: WriteBehind,
+    /// What is done for pages that the guest takes back.
+    pub(crate) deflate: DeflateOptions,
     /// How much more than it booted with the guest may have.
     pub(crate) extra_grant_bytes: u64,
     pub(crate) queues: Queues,
@@ -146,15 +148,7 @@ impl Service {
         else {
             return Ok(0);
         };
-        let mut turn = Turn {
-            balloon,
-            scratch,
-            books: &shared.books,
-            tape: &shared.tape,
-            ballooned_bytes: &shared.ballooned_bytes,
-            extra_bytes: &shared.extra_bytes,
-            features: *features,
-        };
+        let mut turn = shared.lend(balloon, *features, scratch);
         shared.protocol.serve(work, queues, &mut turn)
     }
 }
@@ -181,6 +175,7 @@ impl Shared {
             inhibits: 0,
             restored: None,
             write_behind: WriteBehind::default(),
+            deflate: DeflateOptions::default(),
             extra_grant_bytes: 0,
             queues: Queues::new(protocol.kind().queues()),
             attention: Attention::default(),
@@ -403,14 +398,16 @@ impl Shared {
     }
 
     /// Has a worker discard what waits in the window, if it is time, and sets the alarm for what is left.
-    fn tend_window(&self, service: &mut Service) {
+    /// A worker that `lingers` does it itself between the buffers of a busy guest.
+    fn tend_window(&self, service: &mut Service, lingers: bool) {
+        let busy = lingers && service.is_worth_waiting();
         let Some(balloon) = &mut service.balloon else {
             return;
         };
         let target = self.target_bytes.load(Ordering::Acquire);
         let settled = balloon.ballooned_bytes() >= target;
         let this = Weak::clone(&self.this);
-        balloon.flush_if_due(settled, &self.books, move || {
+        balloon.flush_if_due(settled, busy && !settled, &self.books, move || {
             if let Some(shared) = this.upgrade().filter(|shared| shared.wake(Self::FLUSHED)) {
                 let home = shared.home.load(Ordering::Relaxed);
                 Arc::clone(&shared.pool).submit(home, shared);
@@ -436,8 +433,8 @@ impl Shared {
     }
 
     /// One turn under the lock, with the queues that were `seen` to have something; returns those that have
-    /// more.
-    fn turn(&self, seen: u32, scratch: &mut Scratch) -> u32 {
+    /// more. `lingers` if the caller is going to look for more when it left nothing.
+    fn turn(&self, seen: u32, scratch: &mut Scratch, lingers: bool) -> u32 {
         let mut service = self.service.lock();
         let mut work = self.turnstile.collect() | seen;
         if work & (1 << Self::TIMER) != 0 {
@@ -445,7 +442,7 @@ impl Shared {
         }
         self.accept_elements(&mut service);
         if service.state != DeviceState::Active {
-            self.tend_window(&mut service);
+            self.tend_window(&mut service, false);
             return 0;
         }
         let rings = work & service.queues.started();
@@ -458,20 +455,40 @@ impl Shared {
             service.state = DeviceState::NeedsReset;
             0
         });
-        self.end_turn(&mut service, before);
+        if rings != 0 && more == 0 {
+            let given = self.ballooned_bytes.load(Ordering::Acquire);
+            let owes = given < self.target_bytes.load(Ordering::Acquire);
+            service.attention.served(owes);
+        }
+        self.end_turn(&mut service, before, lingers && more == 0);
         if service.state == DeviceState::NeedsReset {
             self.record(HistoryEvent::NeedsReset);
             self.signal_config();
         }
-        if rings != 0 && more == 0 {
-            service.attention.served();
-        }
         more
     }
 
+    /// What a protocol gets for a turn.
+    fn lend<'a>(
+        &'a self,
+        balloon: &'a mut Balloon,
+        features: u64,
+        scratch: &'a mut Scratch,
+    ) -> Turn<'a> {
+        Turn {
+            balloon,
+            scratch,
+            books: &self.books,
+            tape: &self.tape,
+            ballooned_bytes: &self.ballooned_bytes,
+            extra_bytes: &self.extra_bytes,
+            features,
+        }
+    }
+
     /// After a turn in which the balloon may have changed from `before_bytes`.
-    fn end_turn(&self, service: &mut Service, before_bytes: u64) {
-        self.tend_window(service);
+    fn end_turn(&self, service: &mut Service, before_bytes: u64, lingers: bool) {
+        self.tend_window(service, lingers);
         self.show(service);
         if self.protocol.actual_bytes().is_none()
             && self.ballooned_bytes.load(Ordering::Acquire) != before_bytes
@@ -494,19 +511,12 @@ impl Shared {
         else {
             return None;
         };
-        let mut lent = Turn {
-            balloon,
-            scratch: &mut Scratch::default(),
-            books: &self.books,
-            ballooned_bytes: &self.ballooned_bytes,
-            extra_bytes: &self.extra_bytes,
-            tape: &self.tape,
-            features: *features,
-        };
+        let mut scratch = Scratch::default();
+        let mut lent = self.lend(balloon, *features, &mut scratch);
         let returned = turn(&mut lent);
         // Where features are selected by the protocol itself.
         *features = lent.features;
-        self.end_turn(&mut service, before);
+        self.end_turn(&mut service, before, false);
         Some(returned)
     }
 
@@ -548,9 +558,14 @@ impl Servable for Shared {
     fn serve(&self, scratch: &mut Scratch, patience: &Patience<'_>) -> bool {
         let guard = Scheduled(self);
         let queues = self.turnstile.noted() & LINGERING;
-        let mut more = self.turn(0, scratch);
-        if more == 0 && queues != 0 {
-            more = self.linger(queues, scratch, patience);
+        let lingers = queues != 0 && patience.lasts();
+        let mut more = self.turn(0, scratch, lingers);
+        if lingers {
+            if more == 0 {
+                more = self.linger(queues, scratch, patience);
+            }
+            // What was left for the pauses of the guest.
+            self.tend_window(&mut self.service.lock(), false);
         }
         drop(guard);
         self.turnstile.leave(more, || !self.submitted.1.is_empty())

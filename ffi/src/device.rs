@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "exports symbols to C")]
 
 use crate::boundary::{Outcome, Refusal, call, call_unit, check_flags};
+use crate::cgroup::AttachedTo;
 use crate::fd;
 use crate::handle::{self, Handle, Slot};
 use crate::memory::aerostat_memory;
@@ -19,6 +20,8 @@ pub struct aerostat_device {
     device: Device,
     /// A call panicked half-way: what it left behind must not be used.
     poisoned: AtomicBool,
+    /// Behind the device: its limit is restored when nothing moves it any more.
+    pub(crate) cgroup: AttachedTo,
 }
 
 impl Handle for aerostat_device {
@@ -164,6 +167,7 @@ pub unsafe extern "C" fn aerostat_device_new(
         slot.fill(aerostat_device {
             device: Device::new(&runtime.runtime, config)?,
             poisoned: AtomicBool::new(false),
+            cgroup: AttachedTo::default(),
         });
         Ok(())
     })

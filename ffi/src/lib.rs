@@ -50,6 +50,8 @@ mod target;
 
 mod write_behind;
 
+mod deflate;
+
 mod stats;
 
 mod hints;
@@ -58,12 +60,16 @@ mod counters;
 
 mod history;
 
+mod cgroup;
+
 mod saving;
 
 mod vmware;
 
+pub use cgroup::*;
 pub use config_space::*;
 pub use counters::*;
+pub use deflate::*;
 pub use device::*;
 pub use element::*;
 pub use features::*;

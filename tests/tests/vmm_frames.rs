@@ -324,6 +324,7 @@ mod on_any_host {
 
 /// What the kernel of the host says is free. Resident sets lie with transparent huge pages.
 mod inside {
+    use aerostat::AEROSTAT_DEFLATE_REBUILD;
     use aerostat_tests::vmm::mapping::Backing;
     use aerostat_tests::vmm::ram::RegionSpec;
     use aerostat_tests::vmm::{Guest, GuestConfig, MIB, PAGE_BYTES, Result, Vmm};
@@ -470,6 +471,30 @@ mod inside {
             assert_eq!((books.discarded_bytes, books.held_bytes), (SIZE, 0));
             let freed = meminfo("MemFree").saturating_sub(free);
             assert!(freed > SIZE - NOISE, "{freed} bytes");
+        }
+        Ok(())
+    }
+
+    /// AEROSTAT_DEFLATE_REBUILD: frames that were split are whole again when the guest has them back.
+    #[test]
+    #[ignore = "counts the huge pages of the whole host: runs in the host VM"]
+    fn frames_taken_back_are_rebuilt_where_that_is_asked_for() -> Result<()> {
+        const SIZE: u64 = 64 * MIB;
+        for flags in [0, AEROSTAT_DEFLATE_REBUILD] {
+            let vmm = Vmm::new()?;
+            let guest = boot(&vmm, RegionSpec::new(HIGH, SIZE, Backing::AnonymousHuge))?;
+            guest.device().set_deflate(flags)?;
+            let huge = meminfo("AnonHugePages");
+            let end = FIRST + SIZE / PAGE_BYTES;
+            let even: Vec<u64> = (FIRST..end).step_by(2).collect();
+            guest.driver().give(&even)?;
+            guest.settled_books()?;
+            let split = meminfo("AnonHugePages");
+            assert!(split + SIZE <= huge, "{split} of {huge} bytes");
+            guest.driver().take(&even)?;
+            let back = meminfo("AnonHugePages") - split;
+            println!("flags {flags}: {} MiB in huge pages again", back >> 20);
+            assert_eq!(back, if flags == 0 { 0 } else { SIZE });
         }
         Ok(())
     }

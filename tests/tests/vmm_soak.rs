@@ -210,6 +210,17 @@ impl Life<'_> {
         }
         self.guest.driver().release_refused();
         self.guest.device().set_target(8 * MIB)?;
+        // What the driver said before it saw that its balloon was reset is said of another balloon.
+        if self.guest.config().offered & AEROSTAT_FEATURE_HOST_RESET != 0 {
+            let deadline = Instant::now() + PATIENCE;
+            while {
+                let (id, acknowledged) = self.guest.driver().reset_fields()?;
+                id != acknowledged
+            } {
+                assert!(Instant::now() < deadline, "the reset is not acknowledged");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
         self.guest.wait_actual(8 * MIB, PATIENCE)?;
         self.guest.stop_following();
         self.guest.device().flush()?;
@@ -219,7 +230,13 @@ impl Life<'_> {
             self.guest.device().query()?.ballooned_bytes,
             self.guest.driver().ballooned_bytes(),
         );
-        assert_eq!(device, driver, "the device's balloon and the driver's");
+        assert_eq!(
+            device,
+            driver,
+            "the device's balloon and the driver's: {:?}, offered {:#x}",
+            self.guest.device().counters()?,
+            self.guest.config().offered
+        );
         Ok(())
     }
 }

@@ -3,17 +3,77 @@
 //! Invariants: I1 (a page that is taken leaves the window first, or the flush that has it is waited for),
 //! I2 (drained when nothing waits and no flush is under way), I4 (what waits is pending).
 
-use super::{Account, Balloon, Piece, carry_out, in_regions};
+use super::{Account, Balloon, Piece, Region, bump, bytes, carry_out, in_regions};
 use crate::discard::window::{Flight, Load};
 use crate::discard::{Discarder, WriteBehind};
-use crate::memory::{GuestMemory, PfnRange};
+use crate::memory::{GuestMemory, Pfn, PfnRange};
 use crate::metrics::Books;
 use crate::pages::frames::Frames;
+use crate::pages::ranges::{coalesce_pages, coalesce_ranges};
 use crate::sync::channel::{Receiver, Sender, bounded};
 use std::sync::Arc;
 use std::time::Instant;
 
 impl Balloon {
+    /// As [`Self::give`], of single pages in the order of the guest; `ranges` is empty and lent.
+    pub(crate) fn give_pages(
+        &mut self,
+        pages: &mut [Pfn],
+        ranges: &mut Vec<PfnRange>,
+        books: &Books,
+    ) {
+        let regions = self.memory.regions();
+        let plain = |region: &Region| !region.pinned && region.pages_per_frame() == 1;
+        if self.window.is_open() && !self.inhibited && regions.iter().all(plain) {
+            self.let_wait(pages, ranges, books);
+        } else {
+            let duplicate_pages = coalesce_pages(pages, ranges);
+            self.give(ranges, duplicate_pages, books);
+        }
+    }
+
+    /// Lets pages wait. Bitmaps put them in order, so that they need not be sorted before; those that can
+    /// never be in the balloon are, into `nowhere`.
+    fn let_wait(&mut self, pages: &[Pfn], nowhere: &mut Vec<PfnRange>, books: &Books) {
+        let regions = self.memory.regions();
+        books.enter(|entry| {
+            let mut rest = pages;
+            while let Some(first) = rest.first() {
+                let index = regions.partition_point(|region| region.pfns().end <= *first);
+                let region = regions.get(index).filter(|region| !region.readonly);
+                let span = region.map_or(PfnRange::new(*first, 0), Region::pfns);
+                let inside = |page: &&Pfn| span.start <= **page && **page < span.end;
+                let (here, after) = rest.split_at(rest.iter().take_while(inside).count());
+                let (Some(region), Some(bitmap), false) =
+                    (region, self.ownership.region(index), here.is_empty())
+                else {
+                    nowhere.push(PfnRange::new(*first, 1));
+                    rest = rest.get(1..).unwrap_or_default();
+                    continue;
+                };
+                rest = after;
+                let fresh = here.iter().copied();
+                let fresh = fresh.filter(|page| bitmap.insert_page(*page));
+                let added = self.window.add_pages(index, fresh);
+                self.ballooned_pages += added;
+                let flow = &mut entry.node(region.node).balloon;
+                let listed = here.len() as u64;
+                bump(&mut flow.requested_bytes, bytes(listed));
+                bump(&mut flow.pending_bytes, bytes(added));
+                bump(&mut flow.skipped_duplicate_bytes, bytes(listed - added));
+            }
+            let listed = nowhere.len() as u64;
+            let duplicate = coalesce_ranges(nowhere);
+            let flow = &mut entry.device().balloon;
+            bump(&mut flow.requested_bytes, bytes(listed));
+            bump(&mut flow.skipped_duplicate_bytes, bytes(duplicate));
+            bump(
+                &mut flow.skipped_out_of_range_bytes,
+                bytes(listed - duplicate),
+            );
+        });
+    }
+
     /// Discards `pieces`, which are in the balloon and pending, or lets them wait.
     pub(super) fn release(&mut self, pieces: &[Piece], books: &Books) {
         if self.window.is_open() && !self.inhibited && !self.has_pinned() {
@@ -43,15 +103,25 @@ impl Balloon {
     /// Flushes the window if it is due, or if nothing more is to be expected (`settled`): workers do it
     /// part by part while the guest goes on, and call `landed` after each, upon which this is to be called
     /// again. Waits only for a guest that outruns the flush.
+    ///
+    /// `busy` tells that the caller is going to do it by [`Self::flush_a_morsel`], while it waits for more.
     pub(crate) fn flush_if_due(
         &mut self,
         settled: bool,
+        busy: bool,
         books: &Arc<Books>,
         landed: impl Fn() + Clone + Send + 'static,
     ) {
         self.window.land();
         while self.window.flushes(settled) {
-            while self.launch_part(settled, books, &landed) {}
+            if busy && !self.has_spare() && !self.window.is_overfull() {
+                return;
+            }
+            // The first part is the caller's, if others are not to be woken.
+            let mut own = true;
+            while self.launch_part(settled, own, books, &landed) {
+                own = false;
+            }
             let earliest = self
                 .window
                 .flights()
@@ -64,10 +134,31 @@ impl Balloon {
         }
     }
 
-    /// Has a worker discard a part of what waits; false if none is left, or enough are at it.
+    fn has_spare(&self) -> bool {
+        let pool = self.discarder.pool();
+        pool.is_some_and(|pool| pool.has_spare())
+    }
+
+    /// Discards a little of what is due, in some 10 us; false if nothing is.
+    pub(crate) fn flush_a_morsel(&mut self, books: &Books) -> bool {
+        if !self.window.flushes(false) {
+            return false;
+        }
+        let (memory, discarder) = (&self.memory, &self.discarder);
+        let scales = |region| discarder.scales(memory, region);
+        let load = self.window.morsel(memory, &mut self.ownership, scales);
+        load.is_some_and(|load| {
+            load.carry_out(memory, &discarder.alone(), books);
+            true
+        })
+    }
+
+    /// Has a worker discard a part of what waits, the calling one if `own` and nobody else needs it; false
+    /// if none is left, or enough are at it.
     fn launch_part(
         &mut self,
         settled: bool,
+        own: bool,
         books: &Arc<Books>,
         landed: &(impl Fn() + Clone + Send + 'static),
     ) -> bool {
@@ -116,7 +207,7 @@ impl Balloon {
             landed();
         });
         self.window.launch(Flight { pieces, done });
-        if under_way == 0 && !pool.has_spare() {
+        if own && (settled || !pool.has_spare()) {
             pool.spawn_here(node, part);
         } else {
             pool.spawn(node, part);

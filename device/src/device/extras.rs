@@ -2,7 +2,6 @@
 
 use super::Device;
 use crate::discard::DeflateOptions;
-use crate::error::{Error, Result};
 use std::fs::File;
 use std::io;
 
@@ -19,17 +18,13 @@ impl Device {
     }
 
     /// Has the host allocate, or make huge frames of, memory that the guest takes out of the balloon,
-    /// before the guest is acknowledged; nothing of it while discarding is inhibited. Off by default. To be
-    /// called after the first [`Self::set_memory`].
-    ///
-    /// # Errors
-    /// There is no memory table yet.
-    pub fn set_deflate(&self, options: DeflateOptions) -> Result<()> {
+    /// before the guest is acknowledged; nothing of it while discarding is inhibited. Off by default; may be
+    /// changed at any time.
+    pub fn set_deflate(&self, options: DeflateOptions) {
         let mut service = self.shared.service.lock();
-        let balloon = service.balloon.as_mut();
-        balloon
-            .ok_or(Error::NotReady("set the memory table"))?
-            .set_deflate(options);
-        Ok(())
+        service.deflate = options;
+        if let Some(balloon) = &mut service.balloon {
+            balloon.set_deflate(options);
+        }
     }
 }

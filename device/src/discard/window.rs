@@ -34,12 +34,43 @@ impl WriteBehind {
 /// The most empty pages between two runs that are discarded once more to save a system call's range.
 const MAX_BRIDGE_PAGES: u64 = 16;
 
-/// What of a region is discarded at a time, in frames: 2 MiB of small pages, which takes some 0.1 ms, so
-/// that kicks, and deflates that want one of these pages, wait no longer. Huge frames go much faster.
-const SLICE_PAGES: u64 = 512;
-const SLICE_FRAMES: u64 = 16;
-/// And no more runs than this, as a run may cost as much as 64 KiB of pages side by side.
-const SLICE_RUNS: usize = 128;
+/// How much of the window is taken out at a time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slice {
+    /// Pages, in a block of as many; a power of two.
+    pages: u64,
+    /// Frames, where those are larger than a page: they go much faster.
+    frames: u64,
+    /// No more runs than about this, as a run may cost as much as 64 KiB of pages side by side.
+    runs: usize,
+    /// How many blocks to look at for pages that wait.
+    blocks: usize,
+}
+
+impl Slice {
+    /// What a worker discards at a time: 2 MiB of small pages, which takes some 0.1 ms, so that kicks, and
+    /// deflates that want one of these pages, wait no longer.
+    const PART: Self = Self {
+        pages: 512,
+        frames: 16,
+        runs: 128,
+        blocks: usize::MAX,
+    };
+    /// What fits between two buffers of a guest that sends one after the other, some 10 us: of private
+    /// memory, and of files, where a run costs a call.
+    const MORSEL: Self = Self {
+        pages: 32,
+        frames: 1,
+        runs: 16,
+        blocks: 64,
+    };
+    const MORSEL_OF_FILE: Self = Self {
+        pages: 8,
+        frames: 1,
+        runs: 4,
+        blocks: 64,
+    };
+}
 
 /// A part of the window that is being discarded.
 #[derive(Debug)]
@@ -170,6 +201,34 @@ impl Window {
         }
     }
 
+    /// Adds single pages of the region at `region`, all in the balloon and not discarded; returns how many.
+    pub(crate) fn add_pages(&mut self, region: usize, pages: impl Iterator<Item = Pfn>) -> u64 {
+        let bitmap = self.waiting.region(region);
+        let (Some(bitmap), Some(touched)) = (bitmap, self.touched.get_mut(region)) else {
+            return 0;
+        };
+        let (mut count, mut first, mut last) = (0, Pfn(u64::MAX), Pfn(0));
+        for page in pages {
+            bitmap.insert_page(page);
+            count += 1;
+            first = first.min(page);
+            last = last.max(page);
+        }
+        if count > 0 {
+            let added = PfnRange {
+                start: first,
+                end: Pfn(last.0 + 1),
+            };
+            *touched = Some(touched.map_or(added, |touched| PfnRange {
+                start: touched.start.min(added.start),
+                end: touched.end.max(added.end),
+            }));
+            self.waiting_bytes += count << BALLOON_PAGE_SHIFT;
+            self.since.get_or_insert_with(Instant::now);
+        }
+        count
+    }
+
     /// Takes out what waits of `range`; calls `taken` for each run that did.
     pub(crate) fn remove(
         &mut self,
@@ -224,20 +283,47 @@ impl Window {
     ) -> Option<Load> {
         let waits = |region: &usize| self.touched.get(*region).is_some_and(Option::is_some);
         let region = (0..self.touched.len()).find(|region| waits(region) && may(*region))?;
-        let load = self.take_from(region, true, memory, owned);
+        Some(self.take_slice(region, Slice::PART, memory, owned))
+    }
+
+    /// Takes out as much as is discarded in some 10 us, or finds in that time that less waits. `scales`
+    /// tells what is cheap to discard in many runs.
+    pub(crate) fn morsel(
+        &mut self,
+        memory: &GuestMemory,
+        owned: &mut Ownership,
+        scales: impl Fn(usize) -> bool,
+    ) -> Option<Load> {
+        let region = self.touched.iter().position(Option::is_some)?;
+        let slice = if scales(region) {
+            Slice::MORSEL
+        } else {
+            Slice::MORSEL_OF_FILE
+        };
+        Some(self.take_slice(region, slice, memory, owned))
+    }
+
+    fn take_slice(
+        &mut self,
+        region: usize,
+        slice: Slice,
+        memory: &GuestMemory,
+        owned: &mut Ownership,
+    ) -> Load {
+        let load = self.take_from(region, Some(slice), memory, owned);
         let bytes: u64 = load.exact.iter().map(|piece| piece.range.bytes()).sum();
         self.flushing_bytes = self
             .flushing_bytes
             .saturating_sub(bytes)
             .min(self.waiting_bytes);
-        Some(load)
+        load
     }
 
     /// Empties the window. `owned` says which pages are in the balloon.
     pub(crate) fn unload(&mut self, memory: &GuestMemory, owned: &mut Ownership) -> Load {
         let mut load = Load::default();
         for region in 0..self.touched.len() {
-            let part = self.take_from(region, false, memory, owned);
+            let part = self.take_from(region, None, memory, owned);
             load.exact.extend(part.exact);
             load.bridged.extend(part.bridged);
         }
@@ -246,11 +332,11 @@ impl Window {
         load
     }
 
-    /// Takes what waits of a region, or the first part of it.
+    /// Takes what waits of a region, or the first slice of it.
     fn take_from(
         &mut self,
         region: usize,
-        slice: bool,
+        slice: Option<Slice>,
         memory: &GuestMemory,
         owned: &mut Ownership,
     ) -> Load {
@@ -269,20 +355,25 @@ impl Window {
             return load;
         };
         let frame = of_memory.pages_per_frame();
-        let step = if frame == 1 {
-            SLICE_PAGES
+        let shape = slice.unwrap_or(Slice::PART);
+        let block = if frame == 1 {
+            shape.pages
         } else {
-            SLICE_FRAMES * frame
+            shape.frames * frame
         };
         // No huge page is cut in two.
         let frames = Frames::of(of_memory);
-        let (mut at, mut pages) = (touched.start, 0);
-        while at < touched.end && !(slice && (pages >= step || load.exact.len() >= SLICE_RUNS)) {
-            let step = PfnRange {
+        let (mut at, mut pages, mut blocks) = (touched.start, 0, 0);
+        let enough = |pages, runs, blocks| {
+            slice.is_some() && (pages >= block || runs >= shape.runs || blocks >= shape.blocks)
+        };
+        while at < touched.end && !enough(pages, load.exact.len(), blocks) {
+            let here = PfnRange {
                 start: at,
-                end: Pfn((at.0 / step + 1) * step).min(touched.end),
+                end: Pfn((at.0 / block + 1) * block).min(touched.end),
             };
-            let end = frames.around(step).end.min(touched.end);
+            let end = frames.around(here).end.min(touched.end);
+            blocks += 1;
             bitmap.remove(PfnRange { start: at, end }, |range| {
                 pages += range.pages();
                 match load

@@ -1,7 +1,7 @@
 //! Indirect descriptor tables, which both layouts have (virtio 1.x, sections 2.7.5.3 and 2.8.7).
 
 use super::{RingError, RingFeatures};
-use crate::memory::{Gpa, GuestMemory};
+use crate::memory::{Gpa, GuestMemory, HostSlice};
 
 /// A descriptor takes this many bytes in both layouts.
 pub(super) const DESC_BYTES: usize = 16;
@@ -9,14 +9,22 @@ const ENTRY: u32 = 16;
 
 /// A table that a descriptor points to. It may lie anywhere in guest memory, across regions too.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Table {
+pub(super) struct Table<'a> {
+    memory: &'a GuestMemory,
     start: Gpa,
     entries: u32,
+    /// As much of it as lies in the region of its start: mostly all, so that it is looked up only once.
+    near: Option<HostSlice<'a>>,
 }
 
-impl Table {
+impl<'a> Table<'a> {
     /// The table of `len` bytes at `start`.
-    pub(super) fn new(features: RingFeatures, start: Gpa, len: u32) -> Result<Self, RingError> {
+    pub(super) fn new(
+        features: RingFeatures,
+        memory: &'a GuestMemory,
+        start: Gpa,
+        len: u32,
+    ) -> Result<Self, RingError> {
         if !features.indirect {
             return Err(RingError::IndirectNotNegotiated);
         }
@@ -24,8 +32,10 @@ impl Table {
             return Err(RingError::IndirectLength(len));
         }
         Ok(Self {
+            memory,
             start,
             entries: len / ENTRY,
+            near: memory.slice_prefix(start, u64::from(len)),
         })
     }
 
@@ -33,28 +43,26 @@ impl Table {
     pub(super) fn entries(&self) -> u32 {
         self.entries
     }
-}
 
-/// Fetches one entry, each byte once.
-pub(super) fn read(
-    memory: &GuestMemory,
-    table: &Table,
-    index: u32,
-) -> Result<[u8; DESC_BYTES], RingError> {
-    let mut bytes = [0; DESC_BYTES];
-    let mut done = 0;
-    while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        let offset = u64::from(ENTRY) * u64::from(index) + done as u64;
-        let count = table
-            .start
-            .0
-            .checked_add(offset)
-            .and_then(|start| memory.slice_prefix(Gpa(start), rest.len() as u64))
-            .map_or(0, |slice| slice.read(0, rest));
-        if count == 0 {
-            return Err(RingError::IndirectOutsideMemory);
+    /// Fetches one entry, each byte once.
+    pub(super) fn read(&self, index: u32) -> Result<[u8; DESC_BYTES], RingError> {
+        let mut bytes = [0; DESC_BYTES];
+        let offset = u64::from(ENTRY) * u64::from(index);
+        let near = usize::try_from(offset).unwrap_or(usize::MAX);
+        let mut done = self.near.map_or(0, |slice| slice.read(near, &mut bytes));
+        while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let start = self.start.0.checked_add(offset + done as u64);
+            let count = start
+                .and_then(|start| {
+                    let slice = self.memory.slice_prefix(Gpa(start), rest.len() as u64)?;
+                    Some(slice.read(0, rest))
+                })
+                .unwrap_or(0);
+            if count == 0 {
+                return Err(RingError::IndirectOutsideMemory);
+            }
+            done += count;
         }
-        done += count;
+        Ok(bytes)
     }
-    Ok(bytes)
 }

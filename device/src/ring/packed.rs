@@ -5,7 +5,7 @@
 //! fetched once and checked before it is used (S5, S6).
 
 use super::chain::{Chain, Segment};
-use super::indirect::{self, DESC_BYTES, Table};
+use super::indirect::{DESC_BYTES, Table};
 use super::{RingError, RingFeatures};
 use crate::device::QueuePosition;
 use crate::error::{Error, Result};
@@ -214,8 +214,8 @@ impl PackedRing {
                 if count > 1 || flags & DESC_F_NEXT != 0 {
                     return Err(RingError::IndirectWithNext);
                 }
-                let table = Table::new(self.features, addr, len)?;
-                self.walk_indirect(memory, &table, chain)?;
+                let table = Table::new(self.features, memory, addr, len)?;
+                self.walk_indirect(&table, chain)?;
             }
             place = place.forward(1, self.size);
             if flags & DESC_F_NEXT == 0 {
@@ -232,17 +232,12 @@ impl PackedRing {
     }
 
     /// All entries of a table, in order; of their flags only WRITE counts (2.8.7).
-    fn walk_indirect(
-        &self,
-        memory: &GuestMemory,
-        table: &Table,
-        chain: &mut Chain,
-    ) -> Result<(), RingError> {
+    fn walk_indirect(&self, table: &Table<'_>, chain: &mut Chain) -> Result<(), RingError> {
         if table.entries() > u32::from(self.size) {
             return Err(RingError::ChainTooLong);
         }
         for index in 0..table.entries() {
-            let bytes = indirect::read(memory, table, index)?;
+            let bytes = table.read(index)?;
             let (addr, len, _) = parse(bytes);
             let [.., f0, f1] = bytes;
             let flags = u16::from_le_bytes([f0, f1]);

@@ -4,7 +4,7 @@
 //! checked before it is used (S5, S6).
 
 use super::chain::{Chain, Segment};
-use super::indirect::{self, DESC_BYTES, Table};
+use super::indirect::{DESC_BYTES, Table};
 use super::{RingError, RingFeatures};
 use crate::device::QueuePosition;
 use crate::error::{Error, Result};
@@ -189,7 +189,7 @@ impl SplitRing {
                 Some(table) if u32::from(index) >= table.entries() => {
                     return Err(RingError::DescriptorBeyondTable(index));
                 }
-                Some(table) => Descriptor::parse(indirect::read(memory, &table, index.into())?),
+                Some(table) => Descriptor::parse(table.read(index.into())?),
             };
             if descriptor.has(DESC_F_INDIRECT) {
                 if indirect.is_some() {
@@ -199,7 +199,8 @@ impl SplitRing {
                     return Err(RingError::IndirectWithNext);
                 }
                 // Its WRITE flag is ignored (2.7.5.3.2).
-                let table = Table::new(self.features, Gpa(descriptor.addr), descriptor.len)?;
+                let start = Gpa(descriptor.addr);
+                let table = Table::new(self.features, memory, start, descriptor.len)?;
                 indirect = Some(table);
                 index = 0;
                 continue;

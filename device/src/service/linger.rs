@@ -8,6 +8,7 @@
 
 use super::{Service, Shared};
 use crate::device::DeviceState;
+use crate::metrics::Books;
 use crate::runtime::{Patience, Scratch};
 use crate::sync::{Instant, spin_loop};
 use std::time::Duration;
@@ -18,26 +19,41 @@ const LINGER: Duration = Duration::from_micros(100);
 
 /// How often to pause between two looks: other processors get at the lock and the ring meanwhile. In a
 /// model, once lets all others go on.
-const PAUSES: u32 = if cfg!(loom) { 1 } else { 64 };
+const PAUSES: u32 = if cfg!(loom) { 1 } else { 16 };
 
 /// Whether a guest's buffers come one soon after the other.
 #[derive(Debug, Default)]
 pub(super) struct Attention {
     idle_since: Option<Instant>,
+    /// The last two times that the guest took to send the next buffer.
+    gaps: [Duration; 2],
+    /// How long it took last to discard a little.
+    morsel: Duration,
     pays: bool,
 }
 
 impl Attention {
     /// The guest sent something.
     pub(super) fn woken(&mut self) {
-        self.pays = self
+        let gap = self
             .idle_since
-            .is_some_and(|since| since.elapsed() <= LINGER);
+            .map_or(Duration::MAX, |since| since.elapsed());
+        self.gaps = [gap, self.gaps[0]];
+        self.pays = gap <= LINGER;
     }
 
-    /// It was served, and nothing is left.
-    pub(super) fn served(&mut self) {
+    /// It was served, and nothing is left. A guest that `owes` more than it gave is going to send more.
+    pub(super) fn served(&mut self, owes: bool) {
         self.idle_since = Some(Instant::now());
+        self.pays |= owes;
+    }
+
+    /// Whether something else can be done before the guest is likely to send its next buffer.
+    fn has_time(&self) -> bool {
+        let [last, before] = self.gaps;
+        let gap = last.min(before).min(LINGER);
+        let passed = self.idle_since.map_or(gap, |since| since.elapsed());
+        passed + self.morsel < gap
     }
 }
 
@@ -62,8 +78,22 @@ impl Service {
     }
 
     /// Whether the rings are worth another look soon.
-    fn is_worth_waiting(&self) -> bool {
+    pub(super) fn is_worth_waiting(&self) -> bool {
         self.attention.pays && self.state == DeviceState::Active
+    }
+
+    /// Flushes a little of the window while the guest is busy with its next buffer; false if there is
+    /// nothing to flush, or no time.
+    fn flush_meanwhile(&mut self, books: &Books) -> bool {
+        let Some(balloon) = self.balloon.as_mut().filter(|_| self.attention.has_time()) else {
+            return false;
+        };
+        let begin = Instant::now();
+        let some = balloon.flush_a_morsel(books);
+        if some {
+            self.attention.morsel = begin.elapsed();
+        }
+        some
     }
 }
 
@@ -80,7 +110,6 @@ impl Shared {
             return 0;
         }
         loop {
-            (0..PAUSES).for_each(|_| spin_loop());
             let mut service = self.service.lock();
             if !service.is_worth_waiting() {
                 drop(service);
@@ -91,14 +120,17 @@ impl Shared {
                 // What came since the last look may have come without a kick.
                 return service.want_kicks(queues);
             }
+            let flushed = seen == 0 && service.flush_meanwhile(&self.books);
             drop(service);
             if seen | self.turnstile.noted() != 0 {
-                let more = self.turn(seen, scratch);
+                let more = self.turn(seen, scratch, true);
                 // What a turn leaves lying is for a later one, and for others to have theirs first.
                 if more != 0 || !self.begin_to_linger(queues) {
                     return more | self.end_lingering(queues);
                 }
                 until = Instant::now() + LINGER;
+            } else if !flushed {
+                (0..PAUSES).for_each(|_| spin_loop());
             }
         }
     }

@@ -1,10 +1,11 @@
 //! How much is measured, and what the one who waits for it sees meanwhile.
 
+use super::machine::Result;
 use super::sample::to_f64;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::cell::{Cell, RefCell};
 use std::io::{IsTerminal, stderr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a full run measures, in seconds.
 const DEFAULT_SECONDS: u64 = 280;
@@ -69,6 +70,28 @@ impl Bench {
     /// However much time there is.
     pub(crate) fn most_runs(&self) -> usize {
         if self.measures() { 15 } else { 0 }
+    }
+
+    /// Measures all of `series` in turn, round by round, for `share` of the time; `each` is told whether
+    /// what it sees counts.
+    pub(crate) fn alternate<T>(
+        &self,
+        series: &mut [T],
+        share: Duration,
+        mut each: impl FnMut(&mut T, bool) -> Result<()>,
+    ) -> Result<()> {
+        let start = Instant::now();
+        // One round more to warm up; the order turns, so that none always follows the same one.
+        for round in 0..=self.most_runs() {
+            if round > self.least_runs() && start.elapsed() > share {
+                break;
+            }
+            for turn in 0..series.len() {
+                let place = (turn + round) % series.len();
+                each(&mut series[place], round > 0 || !self.measures())?;
+            }
+        }
+        Ok(())
     }
 
     /// Says what is being measured.

@@ -133,56 +133,48 @@ fn case(
             calls_per_gib: Samples::default(),
         })
         .collect();
-    let start = Instant::now();
-    // One round more to warm up; the order turns, so that none always follows the same one.
-    for round in 0..=bench.most_runs() {
-        if round > bench.least_runs() && start.elapsed() > share {
-            break;
+    bench.alternate(&mut series, share, |series, counts| {
+        let method = series.method;
+        arena.fill(trace)?;
+        let setting = match method {
+            Method::Behind | Method::BehindOne => WriteBehind::RECOMMENDED,
+            _ => BEFORE,
+        };
+        machine.device.set_write_behind(setting);
+        let calls_before = machine.device.counters().discard_calls;
+        let (cpu_before, begin) = (processor_time(), Instant::now());
+        let mut calls = match method {
+            Method::Rival(rival) => rival.free(&arena, trace),
+            Method::Before | Method::Behind => {
+                machine.inflate_full_ring(&arrays)?;
+                0
+            }
+            Method::BehindOne => {
+                let none = Duration::ZERO;
+                machine.inflate_one_by_one(&arrays, Wait::Interrupt, none, |_| ())?;
+                0
+            }
+        };
+        if method.is_ours() {
+            machine.settle()?;
         }
-        for turn in 0..series.len() {
-            let place = (turn + round) % series.len();
-            let series = &mut series[place];
-            let method = series.method;
-            arena.fill(trace)?;
-            let setting = match method {
-                Method::Behind | Method::BehindOne => WriteBehind::RECOMMENDED,
-                _ => BEFORE,
-            };
-            machine.device.set_write_behind(setting);
-            let calls_before = machine.device.counters().discard_calls;
-            let (cpu_before, begin) = (processor_time(), Instant::now());
-            let mut calls = match method {
-                Method::Rival(rival) => rival.free(&arena, trace),
-                Method::Before | Method::Behind => {
-                    machine.inflate_full_ring(&arrays)?;
-                    0
-                }
-                Method::BehindOne => {
-                    let none = Duration::ZERO;
-                    machine.inflate_one_by_one(&arrays, Wait::Interrupt, none, |_| ())?;
-                    0
-                }
-            };
-            if method.is_ours() {
-                machine.settle()?;
-            }
-            let (seconds, cpu) = (begin.elapsed(), processor_time() - cpu_before);
-            calls += machine.device.counters().discard_calls - calls_before;
-            arena.check_freed(trace, method.name());
-            if method.is_ours() {
-                machine.restart()?;
-            }
-            if round > 0 || !bench.measures() {
-                series
-                    .gib_per_second
-                    .push(gib(bytes) / seconds.as_secs_f64());
-                series
-                    .cpu_seconds_per_gib
-                    .push(cpu.as_secs_f64() / gib(bytes));
-                series.calls_per_gib.push(to_f64(calls) / gib(bytes));
-            }
+        let (seconds, cpu) = (begin.elapsed(), processor_time() - cpu_before);
+        calls += machine.device.counters().discard_calls - calls_before;
+        arena.check_freed(trace, method.name());
+        if method.is_ours() {
+            machine.restart()?;
         }
-    }
+        if counts {
+            series
+                .gib_per_second
+                .push(gib(bytes) / seconds.as_secs_f64());
+            series
+                .cpu_seconds_per_gib
+                .push(cpu.as_secs_f64() / gib(bytes));
+            series.calls_per_gib.push(to_f64(calls) / gib(bytes));
+        }
+        Ok(())
+    })?;
     Ok(Case {
         kind,
         trace: trace.name,

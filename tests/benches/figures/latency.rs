@@ -9,7 +9,7 @@ use super::sample::Samples;
 use super::trace::Trace;
 use aerostat_device::{Runtime, RuntimeConfig, WriteBehind};
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long a Linux guest is busy between two arrays: it allocates 256 pages, of which 7 GiB take
 /// 6.5 % of 4126 ms (docs/performance.md has the source).
@@ -91,38 +91,31 @@ pub(crate) fn run(bench: &Bench, traces: &[&Trace]) -> Result<Vec<Case>> {
                 all: Samples::default(),
             })
             .collect();
-        let start = Instant::now();
-        for round in 0..=bench.most_runs() {
-            if round > bench.least_runs() && start.elapsed() > share {
-                break;
+        bench.alternate(&mut series, share, |series, counts| {
+            let (runtime, setting) = match series.device {
+                Device::PerPage => (&rival, BEFORE),
+                Device::Before => (&ours, BEFORE),
+                Device::Behind => (&ours, WriteBehind::RECOMMENDED),
+            };
+            arena.fill(trace)?;
+            let mut machine = Machine::new(runtime, &arena, setting)?;
+            let arrays = machine.write_arrays(trace)?;
+            let mut samples = Samples::default();
+            machine.inflate_one_by_one(&arrays, wait, THINK, |latency| {
+                samples.push(latency.as_secs_f64() * 1e6);
+            })?;
+            machine.settle()?;
+            arena.check_freed(trace, series.device.name());
+            if counts {
+                series.p50.push(samples.quantile(0.5));
+                series.p99.push(samples.quantile(0.99));
+                samples
+                    .values()
+                    .iter()
+                    .for_each(|value| series.all.push(*value));
             }
-            for turn in 0..series.len() {
-                let place = (turn + round) % series.len();
-                let series = &mut series[place];
-                let (runtime, setting) = match series.device {
-                    Device::PerPage => (&rival, BEFORE),
-                    Device::Before => (&ours, BEFORE),
-                    Device::Behind => (&ours, WriteBehind::RECOMMENDED),
-                };
-                arena.fill(trace)?;
-                let mut machine = Machine::new(runtime, &arena, setting)?;
-                let arrays = machine.write_arrays(trace)?;
-                let mut samples = Samples::default();
-                machine.inflate_one_by_one(&arrays, wait, THINK, |latency| {
-                    samples.push(latency.as_secs_f64() * 1e6);
-                })?;
-                machine.settle()?;
-                arena.check_freed(trace, series.device.name());
-                if round > 0 || !bench.measures() {
-                    series.p50.push(samples.quantile(0.5));
-                    series.p99.push(samples.quantile(0.99));
-                    samples
-                        .values()
-                        .iter()
-                        .for_each(|value| series.all.push(*value));
-                }
-            }
-        }
+            Ok(())
+        })?;
         cases.push(Case {
             kind,
             trace: trace.name,

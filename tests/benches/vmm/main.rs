@@ -3,8 +3,11 @@
 //!
 //! Under emulation the guest's own work bounds an inflation, so its processor time is taken off the wall
 //! time: what is left is the time for which the guest waited for its device.
+//!
+//! `--only memballoon` measures the memory balloon alone (`memballoon`), `--only balloon` all but that.
 
 mod chart;
+mod memballoon;
 
 use std::{
     collections::BTreeMap,
@@ -32,6 +35,9 @@ struct Options {
     /// What it is asked for.
     #[arg(long, default_value_t = 1024)]
     target_mib: u64,
+    /// `balloon` or `memballoon`: only that part.
+    #[arg(long)]
+    only: Option<String>,
     /// Where results go.
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
@@ -74,6 +80,14 @@ const ROWS: [(&str, &str); 9] = [
 fn main() -> Result<()> {
     let options = Options::parse();
     let parts = MachinePrerequisites::find()?;
+    let wanted = |part: &str| options.only.as_deref().is_none_or(|only| only == part);
+    if wanted("memballoon") {
+        let samples = memballoon::measure(&parts, &options)?;
+        write_memballoon(&options, &samples)?;
+    }
+    if !wanted("balloon") {
+        return Ok(());
+    }
     let mut all = Vec::new();
     for backing in [Backing::Anonymous, Backing::Memfd] {
         let mut runs: BTreeMap<&str, Vec<Figures>> = BTreeMap::new();
@@ -226,6 +240,26 @@ fn write_results(options: &Options, all: &[(Backing, BTreeMap<&str, Vec<Figures>
     let chart = options.out.join("vmm.svg");
     fs::write(&chart, chart::draw(&bars(all)))?;
     println!("\n{} and {}", file.display(), chart_name(&chart));
+    Ok(())
+}
+
+/// The samples of [`memballoon`], as they are.
+fn write_memballoon(options: &Options, all: &[(&str, memballoon::Samples)]) -> Result<()> {
+    fs::create_dir_all(&options.out)?;
+    let of = |samples: &memballoon::Samples| -> Vec<_> {
+        let each = samples.iter();
+        each.map(|((kind, row), values)| json!({"kind": kind, "row": row, "seconds": values}))
+            .collect()
+    };
+    let settings = all.iter();
+    let text = json!({
+        "memory_mib": options.memory_mib,
+        "target_mib": options.target_mib,
+        "results": settings.map(|(setting, samples)| json!({"kernel": setting, "samples": of(samples)})).collect::<Vec<_>>(),
+    });
+    let file = options.out.join("memballoon.json");
+    fs::write(&file, serde_json::to_string_pretty(&text)?)?;
+    println!("\n{}", file.display());
     Ok(())
 }
 

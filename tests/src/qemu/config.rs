@@ -11,6 +11,8 @@ use std::{
 pub enum Balloon {
     /// That of this project, linked into QEMU.
     Aerostat,
+    /// This project's memory balloon, device ID 13, with the reference driver.
+    Memballoon,
     /// QEMU's own.
     Virtio,
 }
@@ -201,14 +203,15 @@ impl MachineConfig {
     fn device(&self) -> String {
         let name = match self.balloon {
             Balloon::Aerostat => "aerostat-balloon-pci",
+            Balloon::Memballoon => "aerostat-memballoon-pci",
             Balloon::Virtio => "virtio-balloon-pci",
         };
         let switch = |on: bool| if on { "on" } else { "off" };
-        let mut device = format!(
-            "{name},id=balloon,disable-legacy=on,packed={},free-page-reporting={}",
-            switch(self.packed),
-            switch(self.reporting)
-        );
+        let mut device = format!("{name},id=balloon,packed={}", switch(self.packed));
+        if self.balloon != Balloon::Memballoon {
+            let reporting = switch(self.reporting);
+            device += &format!(",disable-legacy=on,free-page-reporting={reporting}");
+        }
         for option in &self.options {
             device += &format!(",{option}");
         }

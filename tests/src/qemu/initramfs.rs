@@ -1,6 +1,9 @@
 //! The guest's file system: busybox, the virtio drivers and `tests/guest/init`, as an initramfs.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use crate::{cpio::Archive, guest::GuestError, host_vm::HostVmPrerequisites};
 
@@ -16,10 +19,11 @@ const MODULES: [&str; 6] = [
     "virtio_balloon",
 ];
 
-/// Builds the archive; `programs` come into `bin`.
+/// Builds the archive; `programs` come into `bin`, and `driver` is loaded last.
 pub(super) fn build(
     parts: &HostVmPrerequisites,
-    programs: &[std::path::PathBuf],
+    programs: &[PathBuf],
+    driver: Option<&Path>,
 ) -> Result<Vec<u8>, GuestError> {
     let mut archive = Archive::default();
     // The kernel opens its console before init can mount anything.
@@ -29,11 +33,14 @@ pub(super) fn build(
         let name = program.file_name().unwrap_or_default().to_string_lossy();
         archive.program(&format!("bin/{name}"), &read(program)?);
     }
-    for module in MODULES {
-        let file = parts.drivers.join(format!("virtio/{module}.ko"));
-        archive.program(&format!("lib/modules/{module}.ko"), &read(&file)?);
+    let mut order = String::new();
+    let stock = MODULES.map(|module| parts.drivers.join(format!("virtio/{module}.ko")));
+    for file in stock.iter().map(PathBuf::as_path).chain(driver) {
+        let module = file.file_stem().unwrap_or_default().to_string_lossy();
+        archive.program(&format!("lib/modules/{module}.ko"), &read(file)?);
+        order += &format!("{module}\n");
     }
-    archive.program("lib/modules/order", MODULES.join("\n").as_bytes());
+    archive.program("lib/modules/order", order.as_bytes());
     archive.program("init", INIT.as_bytes());
     Ok(archive.finish())
 }

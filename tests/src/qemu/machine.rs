@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    Backing, MachineConfig, Monitor,
+    Backing, Balloon, MachineConfig, Monitor,
     config::{BALLOON_PATH, Files},
     initramfs,
 };
@@ -95,8 +95,12 @@ impl Machine {
             .tempdir_in(&parent)
             .map_err(GuestError::io("making a directory in", parent))?;
         let initramfs = files.path().join("initramfs.cpio");
-        fs::write(&initramfs, initramfs::build(&parts.host, &config.programs)?)
-            .map_err(GuestError::io("writing", &initramfs))?;
+        let driver = match config.balloon {
+            Balloon::Memballoon => Some(memballoon_driver()?),
+            Balloon::Aerostat | Balloon::Virtio => None,
+        };
+        let archive = initramfs::build(&parts.host, &config.programs, driver.as_deref())?;
+        fs::write(&initramfs, archive).map_err(GuestError::io("writing", &initramfs))?;
         let command_line = config.command_line(
             parts.accelerator.arguments(),
             &Files {
@@ -296,6 +300,24 @@ impl Drop for Machine {
     fn drop(&mut self) {
         end(&mut self.process, &mut self.shell);
     }
+}
+
+/// The reference driver, built for the kernel that guests run; quick unless it changed.
+fn memballoon_driver() -> Result<PathBuf, GuestError> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/guest-driver");
+    let output = Command::new(&script)
+        .output()
+        .map_err(GuestError::io("starting", &script))?;
+    let module = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    if output.status.success() {
+        return Ok(Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("..")
+            .join(module));
+    }
+    Err(GuestError::Answer {
+        command: script.display().to_string(),
+        output: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
 }
 
 fn short_path(directory: &Path, process: &Child) -> PathBuf {

@@ -140,9 +140,8 @@ fn serve_pages(role: Role, source: &mut Source, turn: &mut Turn<'_>) -> Result<b
                     let pages = turn.scratch.pages.len() as u64;
                     return turn.balloon.turn_away(pages, false, turn.books);
                 }
-                let duplicates = coalesce_pages(&mut turn.scratch.pages, &mut turn.scratch.ranges);
-                turn.balloon
-                    .give(&turn.scratch.ranges, duplicates, turn.books);
+                let Scratch { pages, ranges, .. } = &mut *turn.scratch;
+                turn.balloon.give_pages(pages, ranges, turn.books);
             },
             chains: |counters| &mut counters.inflate_chains,
         },

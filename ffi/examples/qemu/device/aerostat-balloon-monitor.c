@@ -79,6 +79,10 @@ void aerostat_balloon_announce_actual(AerostatBalloon *s)
 {
     uint64_t actual = actual_bytes(s);
 
+    if (actual == s->announced_bytes) {
+        return;
+    }
+    s->announced_bytes = actual;
     trace_aerostat_balloon_actual(actual);
     qapi_event_send_balloon_change(aerostat_balloon_ram_bytes() - actual);
 }
@@ -262,12 +266,17 @@ static char *get_history(Object *obj, Error **errp)
     return g_string_free(text, false);
 }
 
-void aerostat_balloon_add_properties(Object *obj)
+/* Of protocols in which the guest tells of its memory. */
+void aerostat_balloon_add_stats_properties(Object *obj)
 {
     object_property_add(obj, "guest-stats", "guest statistics",
                         get_guest_stats, NULL, NULL, NULL);
     object_property_add(obj, "guest-stats-polling-interval", "int",
                         get_stats_interval, set_stats_interval, NULL, NULL);
+}
+
+void aerostat_balloon_add_properties(Object *obj)
+{
     object_property_add(obj, "counters", "books", get_counters, NULL, NULL,
                         NULL);
     object_property_add_str(obj, "balloon-history", get_history, NULL);

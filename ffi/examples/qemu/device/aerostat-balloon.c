@@ -1,5 +1,6 @@
 /*
- * A virtio balloon whose work is done by libaerostat: the virtio side
+ * A virtio balloon whose work is done by libaerostat: the virtio side, whatever
+ * the protocol
  *
  * QEMU keeps the virtqueues, so that vIOMMU, dirty logging, packed rings and
  * migration work as for any other device: elements are popped here and handed
@@ -19,20 +20,12 @@
 #include "hw/virtio/virtio.h"
 #include "hw/virtio/virtio-bus.h"
 #include "migration/vmstate.h"
-#include "standard-headers/linux/virtio_balloon.h"
-#include "standard-headers/linux/virtio_ids.h"
 #include "aerostat-balloon.h"
 #include "trace/trace-hw_virtio.h"
 
 /* Linux reports up to 32 ranges a buffer; the ring is to hold some of them. */
 #define QUEUE_SIZE 128
 #define BATCH 128
-
-/* What the library knows of the features; those of rings are QEMU's. */
-#define BALLOON_FEATURES                                                     \
-    (AEROSTAT_FEATURE_MUST_TELL_HOST | AEROSTAT_FEATURE_STATS_VQ |           \
-     AEROSTAT_FEATURE_DEFLATE_ON_OOM | AEROSTAT_FEATURE_FREE_PAGE_HINT |     \
-     AEROSTAT_FEATURE_PAGE_POISON | AEROSTAT_FEATURE_PAGE_REPORTING)
 
 void aerostat_balloon_complain(AerostatBalloon *s, const char *what)
 {
@@ -48,9 +41,8 @@ static void aerostat_balloon_collect(AerostatBalloon *s);
  */
 static bool aerostat_balloon_serve_here(AerostatBalloon *s, unsigned int queue)
 {
-    return queue < 2 && s->write_behind_bytes &&
-           virtio_vdev_has_feature(VIRTIO_DEVICE(s),
-                                   VIRTIO_BALLOON_F_MUST_TELL_HOST);
+    return s->write_behind_bytes &&
+           AEROSTAT_BALLOON_GET_CLASS(s)->served_here(s) & (1u << queue);
 }
 
 /* The other end of every queue: hands over all that the guest has queued. */
@@ -152,6 +144,10 @@ static void aerostat_balloon_collect(AerostatBalloon *s)
             g_free(elem);
         }
         g_clear_pointer(&unserved[i], g_ptr_array_unref);
+    }
+    /* Where the guest does not write its size anywhere, commands tell it. */
+    if (!AEROSTAT_BALLOON_GET_CLASS(s)->config_bytes) {
+        aerostat_balloon_announce_actual(s);
     }
 }
 
@@ -323,48 +319,7 @@ static uint64_t aerostat_balloon_get_features(VirtIODevice *vdev,
 {
     AerostatBalloon *s = AEROSTAT_BALLOON(vdev);
 
-    return features | s->features | AEROSTAT_FEATURE_STATS_VQ;
-}
-
-static void aerostat_balloon_set_features(VirtIODevice *vdev, uint64_t features)
-{
-    AerostatBalloon *s = AEROSTAT_BALLOON(vdev);
-
-    if (aerostat_device_set_features(s->device,
-                                     features & BALLOON_FEATURES) < 0) {
-        aerostat_balloon_complain(s, "features are refused");
-    }
-}
-
-static void aerostat_balloon_get_config(VirtIODevice *vdev, uint8_t *data)
-{
-    AerostatBalloon *s = AEROSTAT_BALLOON(vdev);
-
-    aerostat_device_read_config(s->device, 0, data, AEROSTAT_CONFIG_BYTES);
-}
-
-/*
- * QEMU passes the whole space for every write, with old values in it: only
- * what differs was written, and only these fields are the driver's.
- */
-static void aerostat_balloon_set_config(VirtIODevice *vdev, const uint8_t *data)
-{
-    AerostatBalloon *s = AEROSTAT_BALLOON(vdev);
-    static const size_t fields[] = {
-        offsetof(struct virtio_balloon_config, actual),
-        offsetof(struct virtio_balloon_config, poison_val),
-    };
-    uint8_t now[AEROSTAT_CONFIG_BYTES];
-    int i;
-
-    aerostat_device_read_config(s->device, 0, now, sizeof(now));
-    for (i = 0; i < ARRAY_SIZE(fields); i++) {
-        if (memcmp(now + fields[i], data + fields[i], sizeof(uint32_t)) &&
-            aerostat_device_write_config(s->device, fields[i], data + fields[i],
-                                         sizeof(uint32_t)) > 0) {
-            aerostat_balloon_announce_actual(s);
-        }
-    }
+    return features | AEROSTAT_BALLOON_GET_CLASS(s)->offered(s);
 }
 
 /* Called from the library's threads too, hence nothing but stdio. */
@@ -375,6 +330,7 @@ static void aerostat_balloon_log(void *opaque, int level, const char *message)
 
 static bool aerostat_balloon_new(AerostatBalloon *s, Error **errp)
 {
+    AerostatBalloonClass *klass = AEROSTAT_BALLOON_GET_CLASS(s);
     struct aerostat_runtime_config threads = AEROSTAT_RUNTIME_CONFIG_INIT;
     struct aerostat_device_config offer = AEROSTAT_DEVICE_CONFIG_INIT;
 
@@ -389,7 +345,8 @@ static bool aerostat_balloon_new(AerostatBalloon *s, Error **errp)
         error_setg(errp, "%s", aerostat_last_error());
         return false;
     }
-    offer.features = s->features | AEROSTAT_FEATURE_STATS_VQ;
+    offer.kind = klass->kind;
+    offer.features = klass->offered(s);
     offer.completion_fd = event_notifier_get_fd(&s->completions);
     offer.config_fd = event_notifier_get_fd(&s->config);
     if (aerostat_device_new(s->runtime, &offer, &s->device) < 0 ||
@@ -412,21 +369,22 @@ static void aerostat_balloon_free(AerostatBalloon *s)
 static void aerostat_balloon_realize(DeviceState *dev, Error **errp)
 {
     AerostatBalloon *s = AEROSTAT_BALLOON(dev);
+    AerostatBalloonClass *klass = AEROSTAT_BALLOON_GET_CLASS(s);
     VirtIODevice *vdev = VIRTIO_DEVICE(dev);
-    int i;
+    unsigned int i;
 
     if (!aerostat_balloon_new(s, errp)) {
         aerostat_balloon_free(s);
         return;
     }
-    virtio_init(vdev, VIRTIO_ID_BALLOON, AEROSTAT_CONFIG_BYTES);
+    virtio_init(vdev, klass->virtio_id, klass->config_bytes);
     if (aerostat_balloon_monitor_init(s) < 0) {
         error_setg(errp, "Only one balloon device is supported");
         virtio_cleanup(vdev);
         aerostat_balloon_free(s);
         return;
     }
-    for (i = 0; i < AEROSTAT_BALLOON_QUEUES; i++) {
+    for (i = 0; i < klass->queues; i++) {
         s->queues[i] = virtio_add_queue(vdev, QUEUE_SIZE,
                                         aerostat_balloon_handle_output);
     }
@@ -440,7 +398,7 @@ static void aerostat_balloon_unrealize(DeviceState *dev)
 {
     AerostatBalloon *s = AEROSTAT_BALLOON(dev);
     VirtIODevice *vdev = VIRTIO_DEVICE(dev);
-    int i;
+    unsigned int i;
 
     aerostat_balloon_reset(vdev);
     event_notifier_set_handler(&s->completions, NULL);
@@ -449,7 +407,7 @@ static void aerostat_balloon_unrealize(DeviceState *dev)
     aerostat_balloon_monitor_cleanup(s);
     aerostat_balloon_memory_cleanup(s);
     aerostat_balloon_free(s);
-    for (i = 0; i < AEROSTAT_BALLOON_QUEUES; i++) {
+    for (i = 0; i < AEROSTAT_BALLOON_GET_CLASS(s)->queues; i++) {
         virtio_delete_queue(s->queues[i]);
     }
     virtio_cleanup(vdev);
@@ -483,18 +441,7 @@ static const VMStateDescription vmstate_aerostat_balloon = {
     },
 };
 
-/* The first four have the names and defaults of virtio-balloon's. */
 static const Property aerostat_balloon_properties[] = {
-    DEFINE_PROP_BIT64("deflate-on-oom", AerostatBalloon, features,
-                      VIRTIO_BALLOON_F_DEFLATE_ON_OOM, false),
-    DEFINE_PROP_BIT64("free-page-hint", AerostatBalloon, features,
-                      VIRTIO_BALLOON_F_FREE_PAGE_HINT, false),
-    DEFINE_PROP_BIT64("page-poison", AerostatBalloon, features,
-                      VIRTIO_BALLOON_F_PAGE_POISON, true),
-    DEFINE_PROP_BIT64("free-page-reporting", AerostatBalloon, features,
-                      VIRTIO_BALLOON_F_REPORTING, false),
-    DEFINE_PROP_BIT64("must-tell-host", AerostatBalloon, features,
-                      VIRTIO_BALLOON_F_MUST_TELL_HOST, true),
     DEFINE_PROP_SIZE("write-behind", AerostatBalloon, write_behind_bytes,
                      32 * MiB),
     DEFINE_PROP_UINT32("write-behind-ms", AerostatBalloon, write_behind_ms, 10),
@@ -507,16 +454,12 @@ static void aerostat_balloon_class_init(ObjectClass *klass, void *data)
     VirtioDeviceClass *vdc = VIRTIO_DEVICE_CLASS(klass);
 
     device_class_set_props(dc, aerostat_balloon_properties);
-    dc->desc = "virtio balloon served by libaerostat";
     dc->vmsd = &vmstate_aerostat_balloon;
     set_bit(DEVICE_CATEGORY_MISC, dc->categories);
     vdc->realize = aerostat_balloon_realize;
     vdc->unrealize = aerostat_balloon_unrealize;
     vdc->reset = aerostat_balloon_reset;
-    vdc->get_config = aerostat_balloon_get_config;
-    vdc->set_config = aerostat_balloon_set_config;
     vdc->get_features = aerostat_balloon_get_features;
-    vdc->set_features = aerostat_balloon_set_features;
     vdc->set_status = aerostat_balloon_set_status;
     vdc->queue_reset = aerostat_balloon_queue_reset;
     vdc->queue_enable = aerostat_balloon_queue_enable;
@@ -530,6 +473,8 @@ static const TypeInfo aerostat_balloon_info = {
     .instance_size = sizeof(AerostatBalloon),
     .instance_init = aerostat_balloon_instance_init,
     .instance_finalize = aerostat_balloon_instance_finalize,
+    .abstract = true,
+    .class_size = sizeof(AerostatBalloonClass),
     .class_init = aerostat_balloon_class_init,
 };
 

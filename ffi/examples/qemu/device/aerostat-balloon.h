@@ -14,11 +14,28 @@
 
 #include <aerostat.h>
 
-#define TYPE_AEROSTAT_BALLOON "aerostat-balloon-device"
-OBJECT_DECLARE_SIMPLE_TYPE(AerostatBalloon, AEROSTAT_BALLOON)
+/* What all balloons have in common, and one type for each protocol. */
+#define TYPE_AEROSTAT_BALLOON "aerostat-balloon-base"
+#define TYPE_AEROSTAT_VIRTIO_BALLOON "aerostat-balloon-device"
+#define TYPE_AEROSTAT_MEMBALLOON "aerostat-memballoon-device"
+OBJECT_DECLARE_TYPE(AerostatBalloon, AerostatBalloonClass, AEROSTAT_BALLOON)
 
-/* Inflate, deflate, statistics, free page hints, free page reports. */
+/* The most queues that a protocol has. */
 #define AEROSTAT_BALLOON_QUEUES 5
+
+struct AerostatBalloonClass {
+    VirtioDeviceClass parent_class;
+
+    /* AEROSTAT_KIND_*, and the device ID that drivers know it by. */
+    uint32_t kind;
+    uint16_t virtio_id;
+    unsigned int queues;
+    size_t config_bytes;
+    /* The features that are the library's; those of rings are QEMU's. */
+    uint64_t (*offered)(AerostatBalloon *s);
+    /* Queues whose buffers the main loop serves itself, a bit each. */
+    unsigned int (*served_here)(AerostatBalloon *s);
+};
 
 struct AerostatBalloon {
     VirtIODevice parent_obj;
@@ -53,8 +70,12 @@ struct AerostatBalloon {
     uint8_t *saved;
     uint32_t saved_bytes;
 
+    /* The size that the monitor was last told of. */
+    uint64_t announced_bytes;
+
     /* Properties. */
     uint64_t features;
+    uint64_t page_sizes;
     uint64_t write_behind_bytes;
     uint32_t write_behind_ms;
     uint32_t workers;
@@ -81,6 +102,7 @@ uint64_t aerostat_balloon_ram_bytes(void);
 int aerostat_balloon_monitor_init(AerostatBalloon *s);
 void aerostat_balloon_monitor_cleanup(AerostatBalloon *s);
 void aerostat_balloon_add_properties(Object *obj);
+void aerostat_balloon_add_stats_properties(Object *obj);
 void aerostat_balloon_announce_actual(AerostatBalloon *s);
 
 #endif
