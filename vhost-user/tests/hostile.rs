@@ -440,6 +440,7 @@ fn pipes_for_interrupts_are_refused() {
     frontend.describe_ring(&guest, 0);
     assert!(frontend.vring(request::SET_VRING_ENABLE, 0, 1));
     assert!(!frontend.vring_fd(request::SET_VRING_KICK, 0, guest.rings[0].kick.as_fd()));
+    drop(frontend);
     scene.check_recovery();
 }
 
