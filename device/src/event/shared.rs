@@ -18,6 +18,10 @@ const EVENTS: u32 = 128;
 /// How often what was kept is collected to make room for one more. Once is enough but for other threads.
 const MAX_TRIES: u32 = 16;
 
+/// As system calls take numbers.
+const NONE: c_long = 0;
+const ONE: c_long = 1;
+
 const IOCB_CMD_PREAD: u16 = 0;
 const IOCB_FLAG_RESFD: u32 = 1;
 
@@ -91,7 +95,7 @@ impl Signaller {
             libc::syscall(
                 libc::SYS_io_submit,
                 self.context,
-                1 as c_long,
+                ONE,
                 requests.as_mut_ptr(),
             )
         };
@@ -110,7 +114,7 @@ impl Signaller {
             libc::syscall(
                 libc::SYS_io_getevents,
                 self.context,
-                0 as c_long,
+                NONE,
                 c_long::from(EVENTS),
                 ends.as_mut_ptr().cast::<c_void>(),
                 &raw const at_once,
