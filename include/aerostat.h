@@ -93,12 +93,14 @@
  *   -EADDRNOTAVAIL  an address or length is not aligned
  *   -ERANGE         an address is outside guest memory, or overflows
  *   -EBADF          a descriptor is closed, or of the wrong kind
- *   -ENOTSUP        a feature is not offered, not negotiated, or not compiled in
- *   -EALREADY       the device or queue is started already
+ *   -ENOTSUP        a feature is not offered, not negotiated, not compiled in, or not the host's
+ *   -EALREADY       the device or queue is started already, or a cgroup attached
  *   -ENOTCONN       the device is not set up far enough
  *   -EBUSY          the device is paused
  *   -EPROTO         the call ends something that was not begun
- *   -ENOENT         there is no such queue
+ *   -ENOENT         there is no such queue, or no such cgroup
+ *   -ENODATA        a cgroup has no limit that could be its budget
+ *   -ENODEV         a cgroup is not accounted for by the memory controller
  *   -ENXIO          there is no such host node
  *   -EAGAIN         too many elements wait
  *   -ETIMEDOUT      the guest did not answer in time
@@ -817,6 +819,24 @@ struct aerostat_history_entry {
     uint32_t reserved;
 };
 
+/** The account of a device's cgroup. limit_bytes + pool_bytes equals budget_bytes at every instant. */
+struct aerostat_cgroup_account {
+    /** sizeof(struct aerostat_cgroup_account), set by the caller. */
+    uint32_t size;
+    /** 0. */
+    uint32_t reserved0;
+    /** The cgroup's memory.high when it was attached. */
+    uint64_t budget_bytes;
+    /** What it is now. */
+    uint64_t limit_bytes;
+    /** What the balloon took out of it: free for others. */
+    uint64_t pool_bytes;
+    /** How often the limit could not be moved, for example since the cgroup is gone. */
+    uint64_t failures;
+    /** 0. */
+    uint64_t reserved[3];
+};
+
 /** The version of this header, to compare with aerostat_version(). */
 #define AEROSTAT_VERSION                                                                           \
     (((uint32_t)AEROSTAT_VERSION_MAJOR << 16) | ((uint32_t)AEROSTAT_VERSION_MINOR << 8) |           \
@@ -875,6 +895,12 @@ struct aerostat_history_entry {
     {                                                                                              \
         sizeof(struct aerostat_counters), 0, AEROSTAT_FLOW_INIT, AEROSTAT_FLOW_INIT, 0, 0, 0, 0,   \
             0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                         \
+    }
+
+/** Initializes a struct aerostat_cgroup_account that is to be filled. */
+#define AEROSTAT_CGROUP_ACCOUNT_INIT                                                               \
+    {                                                                                              \
+        sizeof(struct aerostat_cgroup_account), 0, 0, 0, 0, 0, { 0 }                               \
     }
 
 #ifdef __cplusplus
@@ -1535,6 +1561,46 @@ int aerostat_device_history(const struct aerostat_device *device,
                             uint64_t since,
                             struct aerostat_history_entry *out,
                             size_t max);
+
+/**
+ * Lets the limit of a cgroup follow the device's balloon: memory.high of the cgroup at path (below
+ * /sys/fs/cgroup, version 2), which has to be set to what the VM may occupy; that is the budget.
+ *
+ * When the balloon has given memory back to the host, the limit falls by what has left, never below
+ * what the cgroup occupies and 16 MiB. It is raised again before the guest is told that it has memory
+ * back (invariant I5). So the limits of all VMs together never exceed what they were given, and what
+ * balloons took can be given to others. Attach it before the guest inflates: what is in the balloon
+ * already does not count. Do not let aerostatd keep the same limit.
+ *
+ * Returns: 0, or -EALREADY (a cgroup is attached), -ENODATA (memory.high is "max"), -ENOENT (no such
+ * cgroup), -ENOTSUP (not cgroup version 2), -ENODEV (the memory controller is not enabled there),
+ * -EFAULT (a pointer is NULL), or what the operating system answered.
+ *
+ * Threads: any. The threads that discard and those that serve the deflate queue read and write limits:
+ * a write for each 4 MiB that leave, and one for each deflate.
+ */
+int aerostat_device_attach_cgroup(struct aerostat_device *device,
+                                  const char *path);
+
+/**
+ * Lets the limit be: the cgroup gets its whole budget again, and the balloon no longer moves it.
+ *
+ * Returns: 0, also without an attached cgroup, or -EFAULT (device is NULL).
+ *
+ * Threads: any.
+ */
+int aerostat_device_detach_cgroup(struct aerostat_device *device);
+
+/**
+ * Tells the account of the attached cgroup.
+ *
+ * Returns: 0, or -ENOTCONN (no cgroup is attached), -EMSGSIZE (out->size is too small), -EFAULT (a
+ * pointer is NULL).
+ *
+ * Threads: any. Waits for a limit that is being written.
+ */
+int aerostat_device_query_cgroup(const struct aerostat_device *device,
+                                 struct aerostat_cgroup_account *out);
 
 /**
  * Saves a device: for live migration, a snapshot, or an update of the VMM (requirement S13). The

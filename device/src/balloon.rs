@@ -267,6 +267,7 @@ impl Balloon {
         });
         self.taken.clear();
         self.take_back_extra(books);
+        books.emptied();
         let empty = extra::untouched(&self.memory);
         self.replace(Arc::clone(&self.memory), empty, books);
     }

@@ -1,6 +1,7 @@
 //! Give, take, report and their books, on real memory.
 
 use super::*;
+use crate::accounting::Accountant;
 use crate::discard::probe::Capabilities;
 use crate::memory::tests::anonymous_region;
 use crate::memory::{Gpa, Pfn};
@@ -438,4 +439,64 @@ proptest! {
             prop_assert_eq!(entered - back, model.len() as u64 * 4096);
         }
     }
+}
+
+/// Notes what it is told.
+#[derive(Debug, Default)]
+pub(super) struct Notes(parking_lot::Mutex<Vec<(&'static str, u64)>>);
+
+impl Accountant for Notes {
+    fn reclaimed(&self, _: Option<NodeId>, bytes: u64) {
+        self.0.lock().push(("reclaimed", bytes));
+    }
+
+    fn returning(&self, _: Option<NodeId>, bytes: u64) {
+        self.0.lock().push(("returning", bytes));
+    }
+
+    fn emptied(&self) {
+        self.0.lock().push(("emptied", 0));
+    }
+}
+
+impl Notes {
+    pub(super) fn on(books: &Books) -> Arc<Self> {
+        let notes = Arc::new(Self::default());
+        books.set_accountant(Some(Arc::clone(&notes) as Arc<dyn Accountant>));
+        notes
+    }
+
+    pub(super) fn take(&self) -> Vec<(&'static str, u64)> {
+        std::mem::take(&mut self.0.lock())
+    }
+}
+
+#[test]
+fn an_accountant_hears_what_leaves_and_what_goes_back() {
+    let mut guest = guest(|_| ());
+    let notes = Notes::on(&guest.books);
+    guest.give(&[range(512, 8), range(600, 8)]);
+    // In the balloon already: nothing more leaves.
+    guest.give(&[range(512, 8)]);
+    assert_eq!(notes.take(), [("reclaimed", 16 * 4096)]);
+    guest.take(&[range(604, 8)]);
+    assert_eq!(notes.take(), [("returning", 4 * 4096)]);
+    guest.balloon.reset(&guest.books);
+    assert_eq!(notes.take(), [("emptied", 0)]);
+    guest.books.set_accountant(None);
+    guest.give(&[range(512, 8)]);
+    assert!(notes.take().is_empty());
+}
+
+#[test]
+fn an_accountant_hears_of_frames_when_they_leave_and_when_they_are_touched_again() {
+    let mut guest = guest(huge);
+    let notes = Notes::on(&guest.books);
+    guest.give(&[range(1024, FRAME - 1)]);
+    guest.take(&[range(1024, 1)]);
+    assert!(notes.take().is_empty(), "what was held never left");
+    guest.give(&[range(1024, 1), range(1024 + FRAME - 1, 1)]);
+    assert_eq!(notes.take(), [("reclaimed", FRAME * 4096)]);
+    guest.take(&[range(1024, 1)]);
+    assert_eq!(notes.take(), [("returning", FRAME * 4096)]);
 }

@@ -1,6 +1,6 @@
 //! Write-behind: what waits, what is flushed, and that nothing is discarded once it was taken back.
 
-use super::tests::{Guest, guest, huge, range};
+use super::tests::{Guest, Notes, guest, huge, range};
 use super::*;
 use crate::discard::WriteBehind;
 use crate::memory::Pfn;
@@ -69,6 +69,20 @@ fn below_the_limit_nothing_is_freed_and_all_is_pending() {
     guest.balloon.drain(&books);
     assert_eq!(flow(&books).discarded_bytes, 80 * 4096);
     assert_eq!(guest.host_pages(), 2048 - 80);
+}
+
+#[test]
+fn an_accountant_hears_nothing_of_pages_that_only_waited() {
+    let (mut guest, books, _runtime) = windowed(|_| ());
+    let notes = Notes::on(&books);
+    guest.balloon.give(&[range(600, 100)], 0, &books);
+    guest.balloon.take(&[range(610, 20)], 0, &books);
+    assert!(notes.take().is_empty());
+    guest.balloon.drain(&books);
+    assert_eq!(notes.take(), [("reclaimed", 80 * 4096)]);
+    guest.balloon.give(&[range(610, 20)], 0, &books);
+    guest.balloon.reset(&books);
+    assert_eq!(notes.take(), [("emptied", 0)]);
 }
 
 #[test]

@@ -17,6 +17,7 @@
     )
 )]
 
+pub mod accounting;
 mod balloon;
 pub mod device;
 pub mod discard;
@@ -35,9 +36,11 @@ mod service;
 mod sync;
 pub mod trace;
 
+pub use accounting::Accountant;
 pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
 pub use discard::{DeflateOptions, WriteBehind};
 pub use error::{Error, Result};
+pub use event::{Sharer, signal_shared};
 pub use history::{History, HistoryEntry, HistoryEvent};
 pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};

@@ -3,8 +3,10 @@
 //! A batch is entered as a whole under one lock, so that a reader at any instant sees books that
 //! balance; the hot path takes that lock once a batch, not once a page.
 
+use crate::accounting::Accountant;
 use crate::memory::NodeId;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Where the bytes of one kind of request went. All values only grow, but for `pending` and `held`.
@@ -129,11 +131,25 @@ pub struct Counters {
     pub host_reset_bytes: u64,
 }
 
+impl Counters {
+    /// Of what an entry took out of the balloon, what the host had: pages that were waiting or held never
+    /// left the guest, and one page of a huge frame brings all of the frame back.
+    fn returning_since(&self, before: &Self) -> u64 {
+        let grown = |count: fn(&Self) -> u64| count(self).wrapping_sub(count(before));
+        let returned = grown(|counters| counters.returned_bytes);
+        let reopened = grown(|counters| counters.balloon.reopened_bytes);
+        let withdrawn = grown(|counters| counters.balloon.withdrawn_bytes);
+        (returned + reopened).saturating_sub(withdrawn)
+    }
+}
+
 /// The books of one device: totals for each host node.
 #[derive(Debug)]
 pub(crate) struct Books {
     /// One entry a node, the last one for memory whose node is not known.
     nodes: Mutex<Vec<Counters>>,
+    /// Who else wants to know what leaves and what goes back.
+    accountant: RwLock<Option<Arc<dyn Accountant>>>,
 }
 
 impl Books {
@@ -141,13 +157,50 @@ impl Books {
     pub(crate) fn new(nodes: usize) -> Self {
         Self {
             nodes: Mutex::new(vec![Counters::default(); nodes + 1]),
+            accountant: RwLock::new(None),
+        }
+    }
+
+    /// From now on `accountant` is told what leaves and what goes back.
+    pub(crate) fn set_accountant(&self, accountant: Option<Arc<dyn Accountant>>) {
+        *self.accountant.write() = accountant;
+    }
+
+    /// The guest gets all of it back, without asking for it page by page.
+    pub(crate) fn emptied(&self) {
+        if let Some(accountant) = self.accountant.read().as_ref() {
+            accountant.emptied();
         }
     }
 
     /// Enters one batch as a whole: `enter` gets the page of each node.
     pub(crate) fn enter(&self, enter: impl FnOnce(&mut Entry<'_>)) {
-        let mut nodes = self.nodes.lock();
-        enter(&mut Entry { nodes: &mut nodes });
+        let accountant = self.accountant.read();
+        let Some(accountant) = accountant.as_ref() else {
+            enter(&mut Entry {
+                nodes: &mut self.nodes.lock(),
+            });
+            return;
+        };
+        let (before, after) = {
+            let mut nodes = self.nodes.lock();
+            let before = nodes.clone();
+            enter(&mut Entry { nodes: &mut nodes });
+            (before, nodes.clone())
+        };
+        let nodes = (0..).map(NodeId).map(Some).take(after.len() - 1);
+        let pages = before.iter().zip(&after);
+        for (node, (before, after)) in nodes.chain([None]).zip(pages) {
+            let discarded = |counters: &Counters| counters.balloon.discarded_bytes;
+            let reclaimed = discarded(after).wrapping_sub(discarded(before));
+            if reclaimed > 0 {
+                accountant.reclaimed(node, reclaimed);
+            }
+            let returning = after.returning_since(before);
+            if returning > 0 {
+                accountant.returning(node, returning);
+            }
+        }
     }
 
     /// The sum over all nodes, as of one instant.

@@ -35,6 +35,20 @@ struct newer_config {
     uint64_t more;
 };
 
+static void bad_cgroups(struct aerostat_device *device)
+{
+    struct aerostat_cgroup_account account = AEROSTAT_CGROUP_ACCOUNT_INIT;
+
+    REFUSED(EFAULT, aerostat_device_attach_cgroup(device, NULL));
+    REFUSED(ENOENT, aerostat_device_attach_cgroup(device, "/nowhere/at/all"));
+    REFUSED(ENOTSUP, aerostat_device_attach_cgroup(device, "/"));
+    REFUSED(EFAULT, aerostat_device_query_cgroup(device, NULL));
+    REFUSED(ENOTCONN, aerostat_device_query_cgroup(device, &account));
+    account.size = 8;
+    REFUSED(EMSGSIZE, aerostat_device_query_cgroup(device, &account));
+    CHECK(aerostat_device_detach_cgroup(device) == 0); /* nothing was attached */
+}
+
 static int closed_fd(void)
 {
     int fd = new_eventfd();
@@ -224,6 +238,9 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_finish_hints(NULL));
     REFUSED(EFAULT, aerostat_device_take_hints(NULL, NULL, 0, NULL));
     REFUSED(EFAULT, aerostat_device_history(NULL, 0, NULL, 0));
+    REFUSED(EFAULT, aerostat_device_attach_cgroup(NULL, "/sys/fs/cgroup"));
+    REFUSED(EFAULT, aerostat_device_detach_cgroup(NULL));
+    REFUSED(EFAULT, aerostat_device_query_cgroup(NULL, NULL));
     REFUSED(EFAULT, aerostat_device_save(NULL, NULL, 0, &size));
     REFUSED(EFAULT, aerostat_device_restore(NULL, &counters, 8));
     REFUSED(EFAULT, aerostat_device_saved_position(NULL, 0, &position));
@@ -397,6 +414,7 @@ static void bad_states(struct aerostat_device *device)
 
     REFUSED(EFAULT, aerostat_device_history(device, 0, NULL, 1));
     CHECK(aerostat_device_history(device, 0, NULL, 0) == 0);
+    bad_cgroups(device);
     REFUSED(EFAULT, aerostat_device_save(device, state, sizeof(state), NULL));
     REFUSED(EFAULT, aerostat_device_save(device, NULL, 1, &size));
     OK(aerostat_device_save(device, NULL, 0, &size));

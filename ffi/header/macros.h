@@ -57,3 +57,9 @@
         sizeof(struct aerostat_counters), 0, AEROSTAT_FLOW_INIT, AEROSTAT_FLOW_INIT, 0, 0, 0, 0,   \
             0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                         \
     }
+
+/** Initializes a struct aerostat_cgroup_account that is to be filled. */
+#define AEROSTAT_CGROUP_ACCOUNT_INIT                                                               \
+    {                                                                                              \
+        sizeof(struct aerostat_cgroup_account), 0, 0, 0, 0, 0, { 0 }                               \
+    }

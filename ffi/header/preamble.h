@@ -93,12 +93,14 @@
  *   -EADDRNOTAVAIL  an address or length is not aligned
  *   -ERANGE         an address is outside guest memory, or overflows
  *   -EBADF          a descriptor is closed, or of the wrong kind
- *   -ENOTSUP        a feature is not offered, not negotiated, or not compiled in
- *   -EALREADY       the device or queue is started already
+ *   -ENOTSUP        a feature is not offered, not negotiated, not compiled in, or not the host's
+ *   -EALREADY       the device or queue is started already, or a cgroup attached
  *   -ENOTCONN       the device is not set up far enough
  *   -EBUSY          the device is paused
  *   -EPROTO         the call ends something that was not begun
- *   -ENOENT         there is no such queue
+ *   -ENOENT         there is no such queue, or no such cgroup
+ *   -ENODATA        a cgroup has no limit that could be its budget
+ *   -ENODEV         a cgroup is not accounted for by the memory controller
  *   -ENXIO          there is no such host node
  *   -EAGAIN         too many elements wait
  *   -ETIMEDOUT      the guest did not answer in time

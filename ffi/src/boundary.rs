@@ -10,6 +10,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 /// Why a call was refused, as seen from the boundary. What the device has to say is inside.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refusal {
+    /// A cgroup cannot be used; the errno says why.
+    #[error("{message}")]
+    Cgroup { errno: c_int, message: String },
     /// A pointer is NULL that must not be (`EFAULT`).
     #[error("{0} is NULL")]
     Null(&'static str),
@@ -63,6 +66,7 @@ impl Refusal {
 
     fn errno(&self) -> c_int {
         match self {
+            Self::Cgroup { errno, .. } => *errno,
             Self::Null(_) => libc::EFAULT,
             Self::TooShort { .. } => libc::EMSGSIZE,
             Self::TooLong { .. } | Self::Oversize { .. } => libc::E2BIG,

@@ -2,12 +2,13 @@
 #![allow(unsafe_code, reason = "exports symbols to C")]
 
 use crate::boundary::{Outcome, Refusal, call, call_unit, check_flags};
+use crate::cgroup::AttachedTo;
 use crate::fd;
 use crate::handle::{self, Handle, Slot};
 use crate::memory::aerostat_memory;
 use crate::runtime::aerostat_runtime;
 use crate::versioned::{self, Versioned};
-use ::aerostat_device::{Device, DeviceConfig, DeviceKind, DeviceState};
+use ::aerostat_device::{Device, DeviceConfig, DeviceKind, DeviceState, Sharer};
 use std::ffi::c_int;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -19,6 +20,8 @@ pub struct aerostat_device {
     device: Device,
     /// A call panicked half-way: what it left behind must not be used.
     poisoned: AtomicBool,
+    /// Behind the device: its limit is restored when nothing moves it any more.
+    pub(crate) cgroup: AttachedTo,
 }
 
 impl Handle for aerostat_device {
@@ -159,10 +162,12 @@ pub unsafe extern "C" fn aerostat_device_new(
             features: config.features,
             config_event,
             completion_event,
+            calls_shared_with: Sharer::Trusted,
         };
         slot.fill(aerostat_device {
             device: Device::new(&runtime.runtime, config)?,
             poisoned: AtomicBool::new(false),
+            cgroup: AttachedTo::default(),
         });
         Ok(())
     })

@@ -60,10 +60,13 @@ mod counters;
 
 mod history;
 
+mod cgroup;
+
 mod saving;
 
 mod vmware;
 
+pub use cgroup::*;
 pub use config_space::*;
 pub use counters::*;
 pub use deflate::*;

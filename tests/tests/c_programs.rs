@@ -169,6 +169,7 @@ struct aerostat_balloon balloon = AEROSTAT_BALLOON_INIT;
 struct aerostat_guest_stats stats = AEROSTAT_GUEST_STATS_INIT;
 struct aerostat_flow flow = AEROSTAT_FLOW_INIT;
 struct aerostat_counters counters = AEROSTAT_COUNTERS_INIT;
+struct aerostat_cgroup_account account = AEROSTAT_CGROUP_ACCOUNT_INIT;
 int main(void) { return aerostat_version() != AEROSTAT_VERSION; }
 ";
 

@@ -19,7 +19,8 @@ fn cgroup_v2_in_a_host_vm() {
             .memory_mib(1024)
             .nodes(2)
             .swap_mib(512)
-            .carry(artifacts::aerostatd()),
+            .carry(artifacts::aerostatd())
+            .carry_library(),
         &["inside::"],
     );
 }
@@ -41,6 +42,7 @@ mod inside {
         policy::{NodeId, VmId},
     };
     use aerostat_tests::reclaimer::Reclaimer;
+    use aerostat_tests::vmm::{GuestConfig, Vmm, mapping::Backing};
     use parking_lot::Mutex;
 
     const MIB: u64 = 1 << 20;
@@ -224,6 +226,71 @@ mod inside {
         assert!(ledger.lock().balanced());
     }
 
+    #[test]
+    #[ignore = "needs cgroup v2: runs in the host VM"]
+    fn the_limit_of_an_attached_cgroup_follows_the_balloon_through_the_c_interface() {
+        let root = delegated("attached");
+        let cgroup = root.create("vm").unwrap();
+        let vmm = Vmm::new().unwrap();
+        let in_it = |path: &Path| {
+            fs::write(path.join("cgroup.procs"), std::process::id().to_string()).unwrap();
+        };
+        // Who touches memory first pays for it.
+        in_it(cgroup.path());
+        let guest = vmm
+            .boot(&GuestConfig::new(Backing::Memfd { offset_bytes: 0 }, 128))
+            .unwrap();
+        let device = guest.device();
+        let refused = device.attach_cgroup(cgroup.path()).unwrap_err().to_string();
+        assert!(
+            refused.contains("memory.high"),
+            "no limit, no budget: {refused}"
+        );
+        assert!(
+            device
+                .attach_cgroup(Path::new("/sys/fs/cgroup/absent"))
+                .is_err()
+        );
+        let budget = 256 * MIB;
+        cgroup.set_high_bytes(Some(budget)).unwrap();
+        device.attach_cgroup(cgroup.path()).unwrap();
+        assert!(device.attach_cgroup(cgroup.path()).is_err(), "only once");
+        guest.fill_memory(1000, 3).unwrap();
+        let full = cgroup.memory_current_bytes().unwrap();
+
+        guest.balloon_to(96 * MIB).unwrap();
+        guest.settled_books().unwrap();
+
+        let occupied = cgroup.memory_current_bytes().unwrap();
+        assert!(full - occupied >= 80 * MIB, "{full} to {occupied}");
+        let account = device.query_cgroup().unwrap();
+        assert!(account.pool_bytes >= 92 * MIB, "{account:?}");
+        assert_eq!(account.limit_bytes + account.pool_bytes, budget);
+        assert_eq!(account.failures, 0);
+        let in_file = cgroup.limits().unwrap().high_bytes.unwrap();
+        assert_eq!(in_file, account.limit_bytes & !4095);
+        assert!(in_file >= occupied);
+
+        guest.balloon_to(0).unwrap();
+        assert_eq!(
+            cgroup.limits().unwrap().high_bytes,
+            Some(budget),
+            "before the guest has it"
+        );
+        guest.balloon_to(64 * MIB).unwrap();
+        guest.settled_books().unwrap();
+        device.reset().unwrap();
+        assert_eq!(
+            cgroup.limits().unwrap().high_bytes,
+            Some(budget),
+            "a reset returns all"
+        );
+        device.detach_cgroup().unwrap();
+        assert!(device.query_cgroup().is_err());
+        drop(guest);
+        in_it(Path::new(MOUNT));
+    }
+
     /// A VM's control socket: a balloon of `balloon` bytes in a guest of 256 MiB.
     fn control_socket(path: &Path, balloon: u64) {
         let listener = UnixListener::bind(path).unwrap();
@@ -308,5 +375,50 @@ mod inside {
                 d.number("b", "limit-bytes") == 0 && d.status()["ledger"]["pool-bytes"] == 440 * MIB
             })
             .unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    #[test]
+    #[ignore = "sets the clock: runs in the host VM"]
+    fn a_clock_that_jumps_by_a_day_and_back_changes_nothing() {
+        let root = delegated("clock");
+        let sockets = tempfile::tempdir().unwrap();
+        let vm = root.create("a").unwrap();
+        let _load = Load::start(&vm, 16);
+        control_socket(&sockets.path().join("a.ctl"), 128 * MIB);
+        let host = format!(
+            "period-ms = 100\ncgroup-root = \"{}\"\nbudget = \"600M\"\noverhead = \"32M\"\nslack = \"8M\"",
+            root.root().path().display()
+        );
+        let vms = format!(
+            "[policy]\nname = \"none\"\n[[vm]]\nprotocol = \"aerostat\"\nsocket = \"{}/{{name}}.ctl\"\n\
+             cgroup = \"{{name}}\"\n",
+            sockets.path().display()
+        );
+        let daemon = Reclaimer::start(&host, &vms).unwrap();
+        let settled = |d: &Reclaimer| {
+            d.number("a", "limit-bytes") == 160 * MIB && d.number("a", "actual-bytes") == 128 * MIB
+        };
+        daemon
+            .until("the limit follows the balloon", settled)
+            .unwrap();
+        let ticks = |d: &Reclaimer| d.status()["ticks"].as_u64().unwrap_or(0);
+        let now = || {
+            let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+            i64::try_from(since.as_secs()).unwrap()
+        };
+        for jump in [86_400, -2 * 86_400, 86_400] {
+            let date = format!("@{}", now() + jump);
+            let set = Command::new("/bin/busybox")
+                .args(["date", "-s", &date])
+                .output();
+            assert!(set.unwrap().status.success());
+            let before = ticks(&daemon);
+            daemon
+                .until("it goes on deciding", |d| {
+                    ticks(d) >= before + 5 && settled(d)
+                })
+                .unwrap();
+            assert_eq!(vm.limits().unwrap().high_bytes, Some(160 * MIB));
+        }
     }
 }

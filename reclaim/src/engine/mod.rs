@@ -335,8 +335,19 @@ impl Engine {
     /// Enters why each VM's target is what it is.
     fn explain(&mut self, decisions: &[Decision]) {
         for decision in decisions {
-            if let Some(member) = self.members.get_mut(&decision.vm) {
-                member.reason = decision.reason.to_string();
+            let before = self.vm(&decision.vm).map(|vm| vm.target_bytes);
+            let Some(member) = self.members.get_mut(&decision.vm) else {
+                continue;
+            };
+            member.reason = decision.reason.to_string();
+            let target = decision.target_bytes;
+            if before == Some(target) {
+                continue;
+            }
+            if self.dry_run {
+                tracing::info!(vm = %decision.vm, target, "would be set: {}", member.reason);
+            } else {
+                tracing::debug!(vm = %decision.vm, target, "{}", member.reason);
             }
         }
     }

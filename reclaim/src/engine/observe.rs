@@ -1,7 +1,8 @@
 //! From what was seen to a sample that a policy can rely upon, and to the status.
 
 use std::{
-    path::PathBuf,
+    collections::HashMap,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -72,8 +73,12 @@ impl Engine {
             .as_deref()
             .filter(|_| slack.is_some() || self.config.limits() == Limits::High)
             .and_then(|root| Delegated::open_with(root, self.world.open_cgroup).ok());
+        let mut inhabitants = HashMap::<&Path, usize>::new();
+        for (_, path) in &places {
+            *inhabitants.entry(path).or_default() += 1;
+        }
         for (vm, path) in &places {
-            let shared = places.iter().any(|(other, at)| other != vm && at == path);
+            let shared = inhabitants.get(path.as_path()).is_some_and(|vms| *vms > 1);
             let Some(member) = self.members.get_mut(vm) else {
                 continue;
             };
@@ -111,9 +116,13 @@ impl Engine {
         if !balanced {
             tracing::error!("the ledger does not balance; please report this");
         }
+        let by_vm: HashMap<&VmId, &Decision> = decisions
+            .iter()
+            .map(|decision| (&decision.vm, decision))
+            .collect();
         let mut vms = Vec::with_capacity(self.members.len());
         for ((vm, member), sample) in self.members.iter_mut().zip(&self.sample.vms) {
-            let decision = decisions.iter().find(|decision| decision.vm == *vm);
+            let decision = by_vm.get(vm).copied();
             let target = match decision {
                 Some(decision) if !self.dry_run => decision.target_bytes,
                 _ => sample.target_bytes,

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use super::{
     ByNode, Ledger,
-    limits::{self, LimitError, LimitFile},
+    limits::{self, LimitFile},
 };
 use crate::{
     cgroup::CgroupError,
@@ -101,22 +101,14 @@ impl<F: LimitFile> AttachedCgroup<F> {
         let (budget, limit) = self.books();
         let missing = budget.saturating_sub(state.out_bytes).saturating_sub(limit);
         if missing > 0 {
-            state.failures += u64::from(self.raise(missing).is_err());
+            let raised = limits::raise(&self.ledger, &self.vm, &self.file, missing, None);
+            state.failures += u64::from(raised.is_err());
         }
     }
 
-    /// Gives the cgroup its whole budget again.
-    ///
-    /// # Errors
-    /// The limit cannot be written.
-    pub fn release(&self) -> Result<(), LimitError> {
-        let mut state = self.state.lock();
-        state.out_bytes = 0;
-        let (budget, limit) = self.books();
-        match budget - limit {
-            0 => Ok(()),
-            missing => self.raise(missing).map(drop),
-        }
+    /// All of it goes back: the cgroup gets its whole budget again first.
+    pub fn emptied(&self) {
+        self.returning(u64::MAX);
     }
 
     /// The account.
@@ -129,10 +121,6 @@ impl<F: LimitFile> AttachedCgroup<F> {
             pool_bytes: budget_bytes - limit_bytes,
             failures,
         }
-    }
-
-    fn raise(&self, bytes: u64) -> Result<u64, LimitError> {
-        limits::raise(&self.ledger, &self.vm, &self.file, bytes, None)
     }
 
     /// Budget and limit; the limit is never above the budget.
@@ -194,6 +182,10 @@ mod tests {
         assert_eq!(high(), 356 * MIB);
         attached.returning(1000 * MIB);
         assert_eq!(high(), 512 * MIB, "never more than the budget");
+        attached.reclaimed(200 * MIB);
+        assert_eq!(high(), 312 * MIB);
+        attached.emptied();
+        assert_eq!(high(), 512 * MIB);
         assert_eq!(attached.account().failures, 0);
     }
 

@@ -27,7 +27,7 @@ use crate::{
 /// Arguments of `aerostatd simulate`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct SimulateArgs {
-    /// A scenario that comes with the program (builds, offset-peaks, mixed, fleet), or a TOML file
+    /// A scenario that comes with the program (builds, offset-peaks, fluid, mixed, fleet), or a TOML file
     #[arg(value_name = "SCENARIO")]
     pub scenario: String,
     /// Only these rules (may be repeated): aerostat, none, mom, proxmox, senpai, squeezed

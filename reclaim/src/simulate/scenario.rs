@@ -7,12 +7,13 @@ use serde::Deserialize;
 use crate::policy::{Mode, PolicyConfig};
 
 /// Scenarios that come with the program.
-const BUILT_IN: [(&str, &str); 4] = [
+const BUILT_IN: [(&str, &str); 5] = [
     ("builds", include_str!("../../scenarios/builds.toml")),
     (
         "offset-peaks",
         include_str!("../../scenarios/offset-peaks.toml"),
     ),
+    ("fluid", include_str!("../../scenarios/fluid.toml")),
     ("mixed", include_str!("../../scenarios/mixed.toml")),
     ("fleet", include_str!("../../scenarios/fleet.toml")),
 ];

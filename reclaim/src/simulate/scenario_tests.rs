@@ -4,6 +4,7 @@
 use std::fs;
 
 use super::*;
+use crate::policy::Mode;
 
 fn run_scenario(name: &str, policies: &[&str], runs: u32) -> Vec<Runs> {
     let mut scenario = Scenario::load(name).unwrap();
@@ -90,6 +91,35 @@ fn two_guests_with_offset_peaks_share_memory_that_would_not_hold_both() {
     }
     let time = |runs: &Runs| runs.spread(|outcome| outcome.end_s).median;
     assert!(time(&on) <= time(&off), "{} {}", time(&on), time(&off));
+}
+
+/// J7: the same guests once with their memory on loan, once without.
+#[test]
+fn j7_memory_on_loan_saves_reads_and_costs_nobody_anything() {
+    let mut scenario = Scenario::load("fluid").unwrap();
+    scenario.policies = vec!["aerostat".to_owned()];
+    let [fluid] = simulate(&scenario, 1).unwrap().try_into().unwrap();
+    for guest in &mut scenario.guests {
+        guest.mode = Mode::Auto;
+    }
+    let [auto] = simulate(&scenario, 1).unwrap().try_into().unwrap();
+
+    let read = |runs: &Runs| runs.spread(|outcome| outcome.image_bytes).median;
+    let time = |runs: &Runs| runs.spread(|outcome| outcome.end_s).median;
+    let kills = |runs: &Runs| runs.spread(|outcome| outcome.oom_kills as f64).most;
+    assert!(
+        read(&fluid) < 0.95 * read(&auto),
+        "{} {}",
+        read(&fluid),
+        read(&auto)
+    );
+    assert!(
+        time(&fluid) <= 1.01 * time(&auto),
+        "{} {}",
+        time(&fluid),
+        time(&auto)
+    );
+    assert_eq!((kills(&fluid), kills(&auto)), (0.0, 0.0));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
         atomic::{AtomicBool, Ordering},
@@ -17,7 +17,12 @@ use aerostat_reclaim::{
     vm::ControlClient,
 };
 
-use super::{ExperimentError, failed, load, machine, plan::Plan};
+use super::{
+    ExperimentError, failed,
+    load::{self, Load},
+    machine,
+    plan::Plan,
+};
 use crate::{
     artifacts,
     backend::Backend,
@@ -33,15 +38,24 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(30);
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 const SAMPLE_PERIOD: Duration = Duration::from_secs(1);
+/// What a shell says of a process that was ended by SIGKILL.
+const KILLED: i32 = 128 + 9;
 const MIB: u64 = 1 << 20;
-const DISK: &str = "/dev/shm/sources";
+/// What guests see of the host: a directory with one sparse file.
+const SOURCES: &str = "/dev/shm/sources";
 const CONFIG: &str = "/tmp/aerostatd.toml";
 const LOG: &str = "/tmp/aerostatd.log";
 
 /// A guest in a thread of its own: guests end with the thread that started them.
 struct Worker {
     commands: Sender<String>,
-    answers: Receiver<Result<Duration, GuestError>>,
+    answers: Receiver<Result<Answer, GuestError>>,
+}
+
+/// What a command wrote, and how long it took.
+struct Answer {
+    text: String,
+    took: Duration,
 }
 
 impl Worker {
@@ -58,11 +72,14 @@ impl Worker {
                     return;
                 }
             };
-            let _ = outbox.send(Ok(begin.elapsed()));
+            let answer = |ran: Result<String, GuestError>, begin: Instant| {
+                let took = begin.elapsed();
+                let _ = outbox.send(ran.map(|text| Answer { text, took }));
+            };
+            answer(Ok(String::new()), begin);
             for command in inbox {
                 let begin = Instant::now();
-                let ran = guest.run_within(&command, LOAD_TIMEOUT);
-                let _ = outbox.send(ran.map(|_| begin.elapsed()));
+                answer(guest.run_within(&command, LOAD_TIMEOUT), begin);
             }
         });
         Self { commands, answers }
@@ -72,7 +89,7 @@ impl Worker {
         let _ = self.commands.send(command);
     }
 
-    fn answer(&self) -> Result<Duration, ExperimentError> {
+    fn answer(&self) -> Result<Answer, ExperimentError> {
         let ended = || ExperimentError::Unexpected("a guest's thread ended".to_owned());
         Ok(self.answers.recv().map_err(|_| ended())??)
     }
@@ -83,9 +100,11 @@ impl Worker {
 /// # Errors
 /// A guest, the back-end or the host does not do what it should.
 pub fn run(plan: &Plan) -> Result<(), ExperimentError> {
-    File::create(DISK)
-        .and_then(|disk| disk.set_len(1 << 30))
-        .map_err(failed("making", DISK))?;
+    let sources = Path::new(SOURCES);
+    fs::create_dir_all(sources)
+        .and_then(|()| File::create(sources.join(load::SOURCES)))
+        .and_then(|file| file.set_len(1 << 30))
+        .map_err(failed("making", sources))?;
     let backend = Backend::start(&artifacts::vhost_user_backend(), plan.guests)?;
     thread::scope(|scope| {
         let mut workers = Vec::new();
@@ -94,7 +113,6 @@ pub fn run(plan: &Plan) -> Result<(), ExperimentError> {
             let config = UmlConfig::new(plan.guest_mib)
                 .balloon(&backend.socket(number))
                 .without_reporting()
-                .kernel_argument(&format!("ubd0={DISK}"))
                 .on_cpu(cpu)
                 .in_cgroup(&machine::cgroup(number)?)
                 .boot_timeout(BOOT_TIMEOUT);
@@ -103,7 +121,7 @@ pub fn run(plan: &Plan) -> Result<(), ExperimentError> {
         for (number, worker) in workers.iter().enumerate() {
             println!(
                 "guest {number} up after {:.0} s",
-                worker.answer()?.as_secs_f64()
+                worker.answer()?.took.as_secs_f64()
             );
         }
         let round = Round {
@@ -111,7 +129,7 @@ pub fn run(plan: &Plan) -> Result<(), ExperimentError> {
             backend: &backend,
             workers: &workers,
         };
-        round.everywhere(load::PREPARE)?;
+        round.everywhere(&load::prepare(SOURCES))?;
         round.settle()?;
         let mut occupied = 0;
         for number in 0..plan.guests {
@@ -120,6 +138,7 @@ pub fn run(plan: &Plan) -> Result<(), ExperimentError> {
         machine::leave_room(plan.room_mib * MIB, occupied)?;
         println!("guests occupy {} MiB of {}", occupied / MIB, plan.room_mib);
         for rule in plan.order() {
+            round.settle()?;
             let outcome = round.measure(&rule)?;
             let runs = Runs {
                 policy: rule,
@@ -128,7 +147,6 @@ pub fn run(plan: &Plan) -> Result<(), ExperimentError> {
             let line = serde_json::to_string(&runs)
                 .map_err(|error| ExperimentError::Unexpected(error.to_string()))?;
             println!("{RESULT}{line}");
-            round.settle()?;
         }
         Ok(())
     })
@@ -163,15 +181,23 @@ impl Round<'_> {
         Ok(())
     }
 
-    /// Runs a command in every guest.
-    fn everywhere(&self, command: &str) -> Result<(), ExperimentError> {
+    /// Runs a command in every guest; returns what each wrote.
+    fn everywhere(&self, command: &str) -> Result<Vec<String>, ExperimentError> {
         for worker in self.workers {
             worker.send(command.to_owned());
         }
-        for worker in self.workers {
-            worker.answer()?;
-        }
-        Ok(())
+        let answers = self.workers.iter().map(|worker| Ok(worker.answer()?.text));
+        answers.collect()
+    }
+
+    /// Pages of files that guests have read again, since they booted.
+    fn refaults(&self) -> Result<u64, ExperimentError> {
+        let texts = self.everywhere(load::REFAULTS)?;
+        let counts = texts.iter().map(|text| {
+            let unclear = || ExperimentError::Unexpected(format!("refaults: {text:?}"));
+            text.trim().parse::<u64>().map_err(|_| unclear())
+        });
+        counts.sum()
     }
 
     fn clients(&self) -> Result<Vec<ControlClient>, ExperimentError> {
@@ -181,47 +207,60 @@ impl Round<'_> {
             .collect()
     }
 
+    /// All guests build at the same time. Returns how long each took, and how many had a process killed.
+    fn builds(&self) -> Result<(Vec<f64>, u64), ExperimentError> {
+        for (number, worker) in self.workers.iter().enumerate() {
+            worker.send(load::build(number, self.plan.repeat));
+        }
+        timed(self.workers)
+    }
+
+    /// One guest after the other has its peak, again and again. Returns how long each took, and how many
+    /// had a process killed.
+    fn peaks(&self) -> Result<(Vec<f64>, u64), ExperimentError> {
+        let (mut runtimes, mut killed) = (Vec::new(), 0);
+        for _ in 0..self.plan.repeat {
+            for worker in self.workers {
+                worker.send(load::peak(self.plan.peak_mib));
+                let (took, of_those) = timed(std::slice::from_ref(worker))?;
+                runtimes.extend(took);
+                killed += of_those;
+            }
+        }
+        Ok((runtimes, killed))
+    }
+
     fn measure(&self, rule: &str) -> Result<Outcome, ExperimentError> {
+        let refaults = self.refaults()?;
         let before = machine::Counters::read()?;
         let daemon = match rule {
             "none" => None,
             _ => Some(Daemon::start(self.plan, rule, self.backend)?),
         };
         let clients = self.clients()?;
-        let done = AtomicBool::new(false);
+        let done = &AtomicBool::new(false);
         let begin = Instant::now();
         let mut outcome = thread::scope(|scope| {
-            let watch = scope.spawn(|| watch(clients, begin, &done));
-            for (number, worker) in self.workers.iter().enumerate() {
-                worker.send(load::script(number, self.plan.repeat));
-            }
-            let mut runtimes = Vec::new();
-            let mut broken = 0;
-            for worker in self.workers {
-                match worker.answer() {
-                    Ok(took) => runtimes.push(took.as_secs_f64()),
-                    // A process of the load was killed for want of memory: that is a result.
-                    Err(ExperimentError::Guest(GuestError::Command { .. })) => broken += 1,
-                    Err(error) => {
-                        done.store(true, Ordering::Relaxed);
-                        return Err(error);
-                    }
-                }
-            }
+            let floor = self.plan.floor_mib * MIB;
+            let watch = scope.spawn(move || watch(clients, floor, begin, done));
+            let ran = match self.plan.load {
+                Load::Builds => self.builds(),
+                Load::Peaks => self.peaks(),
+            };
             done.store(true, Ordering::Relaxed);
             let watched = watch.join();
             let mut outcome = watched
                 .map_err(|_| ExperimentError::Unexpected("the watch panicked".to_owned()))??;
-            outcome.runtimes_s = runtimes;
-            outcome.oom_kills = broken;
-            Ok(outcome)
+            (outcome.runtimes_s, outcome.oom_kills) = ran?;
+            Ok::<_, ExperimentError>(outcome)
         })?;
         outcome.end_s = begin.elapsed().as_secs_f64();
         let after = machine::Counters::read()?;
         if let Some(daemon) = daemon {
-            daemon.end()?;
+            daemon.end(self.plan.explain)?;
         }
         let pages = |after: u64, before: u64| (after - before) as f64 * 4096.0;
+        outcome.image_bytes = pages(self.refaults()?, refaults);
         outcome.swap_in_bytes = pages(after.swapped_in_pages, before.swapped_in_pages);
         outcome.swap_out_bytes = pages(after.swapped_out_pages, before.swapped_out_pages);
         outcome.some_s = (after.some_us - before.some_us) as f64 / 1e6;
@@ -230,9 +269,24 @@ impl Round<'_> {
     }
 }
 
+/// Waits for the end of what workers do.
+fn timed(workers: &[Worker]) -> Result<(Vec<f64>, u64), ExperimentError> {
+    let (mut runtimes, mut killed) = (Vec::new(), 0);
+    for worker in workers {
+        match worker.answer() {
+            Ok(answer) => runtimes.push(answer.took.as_secs_f64()),
+            // A process was killed for want of memory: that is a result.
+            Err(ExperimentError::Guest(GuestError::Command { status: KILLED, .. })) => killed += 1,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((runtimes, killed))
+}
+
 /// Looks at host and balloons every second.
 fn watch(
     mut clients: Vec<ControlClient>,
+    floor_bytes: u64,
     begin: Instant,
     done: &AtomicBool,
 ) -> Result<Outcome, ExperimentError> {
@@ -265,7 +319,7 @@ fn watch(
                 let used = total.saturating_sub(available);
                 point.used_mib += used as f64 / MIB as f64;
                 let promised = status.memory_bytes.saturating_sub(status.target_bytes);
-                if promised < used {
+                if promised < used.max(floor_bytes) {
                     outcome.below_floor_s += SAMPLE_PERIOD.as_secs_f64();
                 }
             }
@@ -308,6 +362,7 @@ impl Daemon {
         let program = program();
         Command::new(&program)
             .args(["run", "--config", CONFIG])
+            .env("AEROSTAT_LOG", "debug")
             .stdin(Stdio::null())
             .stdout(log)
             .stderr(errors)
@@ -316,17 +371,20 @@ impl Daemon {
             .map_err(failed("starting", program))
     }
 
-    /// Ends it; it is an error if it had ended by itself.
-    fn end(mut self) -> Result<(), ExperimentError> {
+    /// Ends it, and shows what it said if that is wanted; it is an error if it had ended by itself.
+    fn end(mut self, explain: bool) -> Result<(), ExperimentError> {
         let ended = self.0.try_wait();
         // Failure means that it has ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
+        let said = fs::read_to_string(LOG).unwrap_or_default();
+        if explain {
+            println!("{said}");
+        }
         match ended {
             Ok(None) => Ok(()),
             _ => Err(ExperimentError::Unexpected(format!(
-                "aerostatd ended by itself: {}",
-                fs::read_to_string(LOG).unwrap_or_default()
+                "aerostatd ended by itself: {said}"
             ))),
         }
     }

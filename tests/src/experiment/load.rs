@@ -1,53 +1,88 @@
-//! What a guest does: what a build does to memory, with the means of busybox.
+//! What guests do, with the means of busybox.
 //!
-//! - *Sources* are read from a block device, through the guest's page cache, again and again.
+//! A *build*, all guests at the same time, does to memory what a build does:
+//! - *Sources* are read through the guest's page cache, parts of them again and again.
 //! - *Objects* are memory of processes: a file on a tmpfs, which cannot be reclaimed without swap;
-//!   written and read (`md5sum`), which is also what takes processor time.
-//! - *Linking* needs twice as much, for a short time.
+//!   written, and read twice.
+//! - *Linking* needs nearly twice as much, for a short time.
+//! - *Compiling* is a loop of the shell: processor time and nothing else.
+//!
+//! A *peak*, one guest after the other, is memory of processes that is written, read twice and given up:
+//! demand that never comes from two guests at once.
 
-/// Sources that a phase reads, of a device of 1 GiB.
+use clap::ValueEnum;
+
+/// What guests do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Load {
+    /// All build at the same time.
+    Builds,
+    /// One after the other needs much memory.
+    Peaks,
+}
+
+/// Sources that a phase reads, of a file of 1 GiB.
 const SOURCES_MIB: u64 = 96;
 /// Of these, what each compilation reads again.
 const HEADERS_MIB: u64 = 48;
 const OBJECTS_MIB: u64 = 16;
 const LINK_MIB: u64 = 28;
-const COMPILATIONS: u32 = 3;
+const COMPILATIONS: u32 = 2;
+/// Rounds of the shell's loop.
+const COMPUTATION: u32 = 10_000;
 
-/// To be run once: keeps the device open. A block device that nobody has open loses its cache.
-pub const PREPARE: &str = "sleep 1000000 </dev/ubda >/dev/null 2>&1 &";
+/// The name of the sources in their directory on the host.
+pub const SOURCES: &str = "sources";
+
+/// To be run once: makes the host's directory of sources visible, and keeps the file open. This file
+/// system forgets what it has cached of a file that nobody has open.
+#[must_use]
+pub fn prepare(directory: &str) -> String {
+    format!(
+        "mkdir /src && mount -t hostfs -o {directory} hostfs /src && \
+         {{ sleep 1000000 </src/{SOURCES} >/dev/null 2>&1 & }}"
+    )
+}
 
 /// Everything as it was before the first phase.
 pub const RESET: &str = "rm -f /mem/*; sync; echo 3 >/proc/sys/vm/drop_caches";
 
-/// The shell command for all phases. Guests read different parts of their device, and begin with
-/// different phases, as builds that were started one after the other do.
+/// Tells how many pages of files the guest has read again after it had to forget them, since it booted.
+pub const REFAULTS: &str = "sed -n 's/workingset_refault_file //p' /proc/vmstat";
+
+/// The shell command for one peak of so many MiB.
 #[must_use]
-pub fn script(guest: usize, repeat: u32) -> String {
+pub fn peak(mib: u64) -> String {
+    let read = copy("/mem/peak", "/dev/null", 0, mib);
+    let write = copy("/dev/zero", "/mem/peak", 0, mib);
+    format!("set -e; {write}; {read}; {read}; rm /mem/peak")
+}
+
+fn copy(from: &str, to: &str, skip: u64, mib: u64) -> String {
+    format!("dd if={from} of={to} bs=1M skip={skip} count={mib} 2>/dev/null")
+}
+
+/// The shell command for all phases of a build. Guests read different parts of the sources.
+#[must_use]
+pub fn build(guest: usize, repeat: u32) -> String {
     let begins_at = guest as u64 % 4 * 100;
-    let read = |skip: u64, mib: u64| {
-        format!(
-            "dd if=/dev/ubda of=/dev/null bs=65536 skip={} count={} 2>/dev/null",
-            skip * 16,
-            mib * 16
-        )
-    };
-    let write = |file: &str, mib: u64| {
-        format!(
-            "dd if=/dev/zero of=/mem/{file} bs=65536 count={} 2>/dev/null; md5sum /mem/{file} >/dev/null",
-            mib * 16
-        )
-    };
+    let sources = format!("/src/{SOURCES}");
     let mut steps = vec!["set -e".to_owned()];
     for round in 0..repeat {
         let skip = begins_at + 120 * u64::from(round) % 480;
-        steps.push(read(skip, SOURCES_MIB));
+        steps.push(copy(&sources, "/dev/null", skip, SOURCES_MIB));
         for _ in 0..COMPILATIONS {
-            steps.push(write("objects", OBJECTS_MIB));
-            steps.push(read(skip, HEADERS_MIB));
-            steps.push("md5sum /mem/objects >/dev/null".to_owned());
+            steps.push(copy("/dev/zero", "/mem/objects", 0, OBJECTS_MIB));
+            steps.push(copy(&sources, "/dev/null", skip, HEADERS_MIB));
+            steps.push(format!(
+                "i=0; while [ $i -lt {COMPUTATION} ]; do i=$((i+1)); done"
+            ));
+            steps.push(copy("/mem/objects", "/dev/null", 0, OBJECTS_MIB));
         }
-        steps.push(write("link", LINK_MIB));
-        steps.push("md5sum /mem/link >/dev/null; rm /mem/link /mem/objects".to_owned());
+        steps.push(copy("/dev/zero", "/mem/link", 0, LINK_MIB));
+        steps.push(copy("/mem/objects", "/dev/null", 0, OBJECTS_MIB));
+        steps.push(copy("/mem/link", "/dev/null", 0, LINK_MIB));
+        steps.push("rm /mem/link /mem/objects".to_owned());
     }
     steps.join("; ")
 }
@@ -57,16 +92,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_guest_stays_within_its_device_of_a_gibibyte() {
+    fn every_guest_stays_within_its_sources_of_a_gibibyte() {
         for guest in 0..8 {
-            let script = script(guest, 5);
+            let script = build(guest, 5);
             let ends = script.split("skip=").skip(1).map(|rest| {
                 let mut words = rest.split([' ', '=']);
                 let skip: u64 = words.next().unwrap().parse().unwrap();
                 let count: u64 = words.nth(1).unwrap().parse().unwrap();
                 skip + count
             });
-            assert!(ends.max().unwrap() <= 16 * 1024, "{script}");
+            assert!(ends.max().unwrap() <= 1024, "{script}");
         }
     }
 }

@@ -14,7 +14,7 @@ use aerostat_reclaim::{
 };
 use clap::Args;
 
-use super::{ExperimentError, failed, inside, plan::Plan};
+use super::{ExperimentError, failed, inside, load::Load, plan::Plan};
 use crate::host_vm::HostVmConfig;
 
 const PATIENCE: Duration = Duration::from_secs(3600);
@@ -60,8 +60,14 @@ pub fn run(options: &Options) -> Result<(), ExperimentError> {
     let results = read(&log)?;
     let plan = &options.plan;
     let title = format!(
-        "{} real guests of {} MiB on {} MiB",
-        plan.guests, plan.guest_mib, plan.room_mib
+        "{} real guests of {} MiB on {} MiB{}",
+        plan.guests,
+        plan.guest_mib,
+        plan.room_mib,
+        match plan.load {
+            Load::Builds => "",
+            Load::Peaks => ", peaks in turn",
+        }
     );
     let runs = results.iter().map(|runs| runs.outcomes.len()).max();
     let table = format!(
@@ -84,6 +90,7 @@ fn run_round(plan: &Plan, log: &Path) -> Result<(), ExperimentError> {
         .memory_mib(plan.host_mib)
         .cpus(2)
         .swap_mib(plan.swap_mib)
+        .swap_iops(plan.swap_iops)
         .carry_guests()
         .carry(&program)
         .carry(inside::program())

@@ -19,6 +19,7 @@ pub struct HostVmConfig {
     cpus: u32,
     nodes: u32,
     swap_mib: u64,
+    swap_iops: Option<u32>,
     kernel_arguments: Vec<String>,
     qemu_arguments: Vec<OsString>,
     pub(super) files: Vec<PathBuf>,
@@ -43,6 +44,7 @@ impl HostVmConfig {
             cpus: 2,
             nodes: 1,
             swap_mib: 0,
+            swap_iops: None,
             kernel_arguments: Vec::new(),
             qemu_arguments: Vec::new(),
             files: Vec::new(),
@@ -104,6 +106,14 @@ impl HostVmConfig {
     #[must_use]
     pub fn swap_mib(mut self, mib: u64) -> Self {
         self.swap_mib = mib;
+        self
+    }
+
+    /// Slows the disk for swap down to so many requests a second: it is a file in the memory of the machine
+    /// below, and no disk is as fast as that.
+    #[must_use]
+    pub fn swap_iops(mut self, iops: u32) -> Self {
+        self.swap_iops = Some(iops);
         self
     }
 
@@ -234,10 +244,11 @@ impl HostVmConfig {
         if let Some(swap) = swap {
             // Comma is the one character that QEMU wants to have doubled.
             let file = swap.to_string_lossy().replace(',', ",,");
-            add(
-                "-drive",
-                format!("if=none,id=swap,format=raw,cache=unsafe,file={file}").into(),
-            );
+            let mut drive = format!("if=none,id=swap,format=raw,cache=unsafe,file={file}");
+            if let Some(iops) = self.swap_iops {
+                drive += &format!(",throttling.iops-total={iops}");
+            }
+            add("-drive", drive.into());
             add("-device", "virtio-blk-pci,drive=swap".into());
         }
         arguments.extend(self.qemu_arguments.iter().cloned());

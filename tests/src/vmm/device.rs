@@ -5,14 +5,16 @@ use super::error::{Result, VmmError};
 use super::library::{Symbols, symbols};
 use super::ram::GuestRam;
 use aerostat::{
-    AEROSTAT_KIND_VIRTIO_BALLOON, aerostat_balloon, aerostat_completion, aerostat_counters,
-    aerostat_device, aerostat_device_config, aerostat_element, aerostat_guest_stats,
-    aerostat_history_entry, aerostat_memory, aerostat_queue_config, aerostat_queue_position,
-    aerostat_range, aerostat_runtime, aerostat_runtime_config,
+    AEROSTAT_KIND_VIRTIO_BALLOON, aerostat_balloon, aerostat_cgroup_account, aerostat_completion,
+    aerostat_counters, aerostat_device, aerostat_device_config, aerostat_element,
+    aerostat_guest_stats, aerostat_history_entry, aerostat_memory, aerostat_queue_config,
+    aerostat_queue_position, aerostat_range, aerostat_runtime, aerostat_runtime_config,
 };
 use parking_lot::Mutex;
-use std::ffi::{CStr, c_int};
+use std::ffi::{CStr, CString, c_int};
 use std::os::fd::RawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::ptr;
 
 /// Where a device stands, as `enum aerostat_state` numbers it.
@@ -186,6 +188,8 @@ impl Device {
         inhibit => aerostat_device_inhibit;
         /// Allows it again.
         uninhibit => aerostat_device_uninhibit;
+        /// Lets the limit of the attached cgroup be.
+        detach_cgroup => aerostat_device_detach_cgroup;
         /// Ends a round of free page hints.
         finish_hints => aerostat_device_finish_hints;
     }
@@ -453,6 +457,34 @@ impl Device {
     /// None is documented for a live handle.
     pub fn flush(&self) -> Result<()> {
         call!(self.symbols, aerostat_device_flush(self.handle)).map(drop)
+    }
+
+    /// Lets the limit of a cgroup follow the balloon.
+    ///
+    /// # Errors
+    /// As the header says.
+    pub fn attach_cgroup(&self, path: &Path) -> Result<()> {
+        // A path with a zero byte in it is that of nothing.
+        let path = CString::new(path.as_os_str().as_bytes()).unwrap_or_default();
+        call!(
+            self.symbols,
+            aerostat_device_attach_cgroup(self.handle, path.as_ptr())
+        )
+        .map(drop)
+    }
+
+    /// The account of the attached cgroup.
+    ///
+    /// # Errors
+    /// As the header says.
+    pub fn query_cgroup(&self) -> Result<aerostat_cgroup_account> {
+        let mut account = aerostat_cgroup_account {
+            size: size_of_u32::<aerostat_cgroup_account>(),
+            ..aerostat_cgroup_account::default()
+        };
+        let out = &raw mut account;
+        call!(self.symbols, aerostat_device_query_cgroup(self.handle, out))?;
+        Ok(account)
     }
 
     /// Begins a round of free page hints.

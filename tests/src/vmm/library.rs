@@ -7,10 +7,11 @@
 
 use super::error::{Result, VmmError};
 use aerostat::{
-    aerostat_balloon, aerostat_completion, aerostat_counters, aerostat_device,
-    aerostat_device_config, aerostat_element, aerostat_guest_stats, aerostat_history_entry,
-    aerostat_log_callback, aerostat_memory, aerostat_memory_region, aerostat_queue_config,
-    aerostat_queue_position, aerostat_range, aerostat_runtime, aerostat_runtime_config,
+    aerostat_balloon, aerostat_cgroup_account, aerostat_completion, aerostat_counters,
+    aerostat_device, aerostat_device_config, aerostat_element, aerostat_guest_stats,
+    aerostat_history_entry, aerostat_log_callback, aerostat_memory, aerostat_memory_region,
+    aerostat_queue_config, aerostat_queue_position, aerostat_range, aerostat_runtime,
+    aerostat_runtime_config,
 };
 use std::env;
 use std::ffi::{c_char, c_int, c_void};
@@ -97,6 +98,9 @@ symbols! {
     aerostat_device_history(
         *const aerostat_device, u64, *mut aerostat_history_entry, usize
     ) -> c_int;
+    aerostat_device_attach_cgroup(*mut aerostat_device, *const c_char) -> c_int;
+    aerostat_device_detach_cgroup(*mut aerostat_device) -> c_int;
+    aerostat_device_query_cgroup(*const aerostat_device, *mut aerostat_cgroup_account) -> c_int;
     aerostat_device_save(*mut aerostat_device, *mut c_void, usize, *mut usize) -> c_int;
     aerostat_device_restore(*mut aerostat_device, *const c_void, usize) -> c_int;
     aerostat_device_saved_position(
