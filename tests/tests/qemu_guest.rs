@@ -10,24 +10,19 @@
     reason = "the helpers of a test fail like the test"
 )]
 
-use std::{
-    fmt::Debug,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{thread, time::Duration};
 
 use aerostat_tests::qemu::{
-    Backing, Balloon, Machine, MachineConfig, MachinePrerequisites, config::BALLOON_PATH,
+    Backing, Balloon, Machine, MachineConfig, MachinePrerequisites,
+    balloon::{PATIENCE, assert_balance, counters, eventually, wait_for_balloon},
+    config::BALLOON_PATH,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 const MIB: u64 = 1 << 20;
 const MEMORY_MIB: u64 = 512;
 const TARGET_MIB: u64 = 256;
 const WORKING_SET_MIB: u64 = 64;
-
-/// The most that anything may take: emulation is slow, and the machine may be busy.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 fn config() -> MachineConfig {
     MachineConfig::new(MEMORY_MIB, Balloon::Aerostat)
@@ -35,56 +30,6 @@ fn config() -> MachineConfig {
 
 fn start(parts: &MachinePrerequisites, config: &MachineConfig) -> Machine {
     Machine::start(parts, config).unwrap_or_else(|error| panic!("{error}"))
-}
-
-/// Looks until the first value is true; returns the second one.
-fn eventually<T: Debug>(what: &str, mut look: impl FnMut() -> (bool, T)) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let (done, seen) = look();
-        if done {
-            return seen;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "not within {PATIENCE:?}: {what}; last seen: {seen:?}"
-        );
-        thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// Waits until guest and device agree on the balloon, and nothing waits to be discarded.
-fn wait_for_balloon(machine: &mut Machine, mib: u64) -> Value {
-    eventually("the balloon has its size", || {
-        let counters = machine.counters().unwrap();
-        let settled = counters["actual-bytes"] == mib * MIB
-            && counters["ballooned-bytes"] == mib * MIB
-            && counters["balloon"]["pending-bytes"] == 0;
-        (settled, counters)
-    })
-}
-
-/// Every byte is accounted for (invariant I4).
-fn assert_balance(flow: &Value) {
-    let value = |name: &str| flow[name].as_u64().unwrap();
-    assert_eq!(
-        value("requested-bytes") + value("reopened-bytes"),
-        [
-            "discarded-bytes",
-            "pending-bytes",
-            "held-bytes",
-            "withdrawn-bytes",
-            "inhibited-bytes",
-            "out-of-range-bytes",
-            "duplicate-bytes",
-            "partial-bytes",
-            "failed-bytes"
-        ]
-        .map(value)
-        .iter()
-        .sum::<u64>(),
-        "{flow}"
-    );
 }
 
 /// Fills the guest, inflates, deflates; what the guest keeps stays what it is.
@@ -160,6 +105,47 @@ fn without_must_tell_host_pages_are_discarded_before_the_acknowledgement() {
     );
 }
 
+/// X9: the driver knows nothing of targets for nodes, and its kernel counts by itself what is missing where.
+#[test]
+fn what_the_balloon_holds_is_known_for_each_node_of_the_guest() {
+    let Some(parts) = MachinePrerequisites::find_or_skip("nodes") else {
+        return;
+    };
+    let mut machine = start(&parts, &config().nodes(2));
+    let memory = |machine: &mut Machine| -> Vec<u64> {
+        let text = machine
+            .run("grep -h MemTotal /sys/devices/system/node/node*/meminfo")
+            .unwrap();
+        let kib = text
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(3));
+        kib.map(|kib| kib.parse::<u64>().unwrap() * 1024).collect()
+    };
+    let before = memory(&mut machine);
+    assert_eq!(before.len(), 2, "{before:?}");
+    // More than one node can give.
+    machine.set_target_mib(TARGET_MIB + 64).unwrap();
+    wait_for_balloon(&mut machine, TARGET_MIB + 64);
+    let held = machine
+        .monitor
+        .property(BALLOON_PATH, "node-ballooned")
+        .unwrap();
+    let held: Vec<u64> = held
+        .as_str()
+        .unwrap()
+        .split(',')
+        .map(|bytes| bytes.parse().unwrap())
+        .collect();
+    let missing: Vec<u64> = before
+        .iter()
+        .zip(memory(&mut machine))
+        .map(|(before, now)| before - now)
+        .collect();
+    assert_eq!(held, missing);
+    assert_eq!(held.iter().sum::<u64>(), (TARGET_MIB + 64) * MIB);
+    assert!(held.iter().all(|bytes| *bytes > 0), "{held:?}");
+}
+
 #[test]
 fn statistics_come_at_the_interval_that_was_set() {
     let Some(parts) = MachinePrerequisites::find_or_skip("statistics") else {
@@ -190,6 +176,38 @@ fn statistics_come_at_the_interval_that_was_set() {
         let seen = stats(&mut machine).unwrap();
         (seen["last-update"] != first["last-update"], seen)
     });
+}
+
+/// S11: afterwards the guest inflates again when it is told of its target again, be it the same.
+#[test]
+fn a_guest_that_runs_out_of_memory_takes_pages_back_from_the_balloon() {
+    let Some(parts) = MachinePrerequisites::find_or_skip("deflate on OOM") else {
+        return;
+    };
+    let mut machine = start(&parts, &config().option("deflate-on-oom=on"));
+    let set = machine.make_working_set("data", WORKING_SET_MIB).unwrap();
+    machine.set_target_mib(TARGET_MIB).unwrap();
+    wait_for_balloon(&mut machine, TARGET_MIB);
+
+    // Memory that nothing can be written out of, and more than is left: without the balloon's pages the
+    // kernel would have to kill.
+    let left = machine.memory().unwrap().available_bytes / MIB;
+    let fill = format!("dd if=/dev/zero of=/mem/fill bs=1M count={}", left + 48);
+    machine.run_within(&fill, PATIENCE).unwrap();
+
+    let counters = eventually("the guest tells of its smaller balloon", || {
+        let counters = counters(&mut machine);
+        let agreed = counters["actual-bytes"] == counters["ballooned-bytes"];
+        (agreed, counters)
+    });
+    let held = counters["ballooned-bytes"].as_u64().unwrap();
+    assert!(held <= (TARGET_MIB - 32) * MIB, "{counters}");
+    assert_balance(&counters["balloon"]);
+    assert!(machine.verify_working_set(&set).unwrap());
+    machine.run("rm /mem/fill").unwrap();
+    machine.set_target_mib(TARGET_MIB).unwrap();
+    wait_for_balloon(&mut machine, TARGET_MIB);
+    assert!(machine.verify_working_set(&set).unwrap());
 }
 
 #[test]

@@ -14,7 +14,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aerostat_tests::qemu::{Backing, Balloon, Machine, MachineConfig, MachinePrerequisites};
+use aerostat_tests::qemu::{
+    Backing, Balloon, Machine, MachineConfig, MachinePrerequisites, balloon::eventually,
+    config::BALLOON_PATH,
+};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -285,4 +288,35 @@ fn a_device_without_a_size_that_suits_is_left_alone() {
     assert_eq!(bound.trim(), "");
     assert!(machine.log().contains("no page size that suits"));
     assert_eq!(machine.counters().unwrap()["chain-errors"], 0);
+}
+
+/// X1, X2: each node of the guest is brought to its own target, and none makes up for another one; a target
+/// for the whole balloon leaves the nodes to the driver again.
+#[test]
+fn each_node_of_the_guest_has_its_own_target() {
+    let Some(mut machine) = start("memballoon, nodes", &config().nodes(2).option("node=on")) else {
+        return;
+    };
+    let mut say = |value: &str| {
+        machine
+            .monitor
+            .execute(
+                "qom-set",
+                json!({"path": BALLOON_PATH, "property": "node-targets", "value": value}),
+            )
+            .unwrap();
+        eventually("each node has what it should", || {
+            let held = machine.monitor.property(BALLOON_PATH, "node-ballooned");
+            let held = held.unwrap();
+            (held == value, held)
+        });
+    };
+    for mib in [[32, 96], [128, 0], [16, 64]] {
+        say(&mib.map(|mib| (mib * MIB).to_string()).join(","));
+    }
+    let counters = inflate(&mut machine, TARGET_MIB + 64);
+    assert_eq!(counters["chain-errors"], 0, "{counters}");
+    let targets = machine.monitor.property(BALLOON_PATH, "node-targets");
+    assert_eq!(targets.unwrap(), "");
+    inflate(&mut machine, 0);
 }

@@ -15,6 +15,8 @@ pub enum Balloon {
     Memballoon,
     /// QEMU's own.
     Virtio,
+    /// VMware's, answered by this project at a port, in a machine that looks like VMware's to its guest.
+    Vmware,
 }
 
 /// What is behind the guest's memory.
@@ -33,6 +35,7 @@ pub enum Backing {
 pub struct MachineConfig {
     pub(super) memory_mib: u64,
     pub(super) cpus: u32,
+    pub(super) nodes: u32,
     pub(super) backing: Backing,
     pub(super) balloon: Balloon,
     pub(super) packed: bool,
@@ -56,6 +59,7 @@ impl MachineConfig {
         Self {
             memory_mib,
             cpus: 1,
+            nodes: 1,
             backing: Backing::Anonymous,
             balloon,
             packed: false,
@@ -86,6 +90,13 @@ impl MachineConfig {
     #[must_use]
     pub fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = cpus;
+        self
+    }
+
+    /// NUMA nodes of the guest, of equal size.
+    #[must_use]
+    pub fn nodes(mut self, nodes: u32) -> Self {
+        self.nodes = nodes;
         self
     }
 
@@ -165,15 +176,28 @@ impl MachineConfig {
             "file,id=log,path=/dev/stderr",
             "-serial",
             "chardev:log",
-            "-machine",
-            "q35,memory-backend=ram",
         ]
         .map(OsString::from)
         .into();
         let mut add = |name: &str, value: OsString| words.extend([name.into(), value]);
+        // What makes Linux look for VMware's port: no other hypervisor, and a serial number.
+        let vmware = self.balloon == Balloon::Vmware;
         for (name, value) in accelerator {
-            add(name, value.into());
+            let hide = name == "-cpu" && vmware;
+            add(
+                name,
+                format!("{value}{}", if hide { ",-hypervisor" } else { "" }).into(),
+            );
         }
+        let mut machine = "q35".to_owned();
+        if vmware {
+            machine += ",vmport=on";
+            add("-smbios", "type=1,serial=VMware-1".into());
+        }
+        if self.nodes == 1 {
+            machine += ",memory-backend=ram0";
+        }
+        add("-machine", machine.into());
         add("-smp", self.cpus.to_string().into());
         add("-m", format!("{}M", self.memory_mib).into());
         let kind = match self.backing {
@@ -181,10 +205,16 @@ impl MachineConfig {
             Backing::Memfd => "memory-backend-memfd,share=on",
             Backing::Hugetlb => "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M",
         };
-        add(
-            "-object",
-            format!("{kind},id=ram,size={}M", self.memory_mib).into(),
-        );
+        for node in 0..self.nodes {
+            let mib = self.memory_mib / u64::from(self.nodes);
+            add("-object", format!("{kind},id=ram{node},size={mib}M").into());
+            if self.nodes > 1 {
+                add(
+                    "-numa",
+                    format!("node,nodeid={node},memdev=ram{node}").into(),
+                );
+            }
+        }
         add("-device", self.device().into());
         let mut monitor = OsString::from("unix:");
         monitor.push(files.monitor);
@@ -205,10 +235,14 @@ impl MachineConfig {
             Balloon::Aerostat => "aerostat-balloon-pci",
             Balloon::Memballoon => "aerostat-memballoon-pci",
             Balloon::Virtio => "virtio-balloon-pci",
+            Balloon::Vmware => "aerostat-vmware-balloon",
         };
         let switch = |on: bool| if on { "on" } else { "off" };
-        let mut device = format!("{name},id=balloon,packed={}", switch(self.packed));
-        if self.balloon != Balloon::Memballoon {
+        let mut device = format!("{name},id=balloon");
+        if self.balloon != Balloon::Vmware {
+            device += &format!(",packed={}", switch(self.packed));
+        }
+        if matches!(self.balloon, Balloon::Aerostat | Balloon::Virtio) {
             let reporting = switch(self.reporting);
             device += &format!(",disable-legacy=on,free-page-reporting={reporting}");
         }

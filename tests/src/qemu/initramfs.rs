@@ -5,23 +5,26 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use super::Balloon;
 use crate::{cpio::Archive, guest::GuestError, host_vm::HostVmPrerequisites};
 
 const INIT: &str = include_str!("../../guest/init");
 
 /// In the order in which they need each other; `lib/modules/order` tells init.
-const MODULES: [&str; 6] = [
-    "virtio_ring",
-    "virtio",
-    "virtio_pci_modern_dev",
-    "virtio_pci_legacy_dev",
-    "virtio_pci",
-    "virtio_balloon",
+const VIRTIO: &[&str] = &[
+    "virtio/virtio_ring",
+    "virtio/virtio",
+    "virtio/virtio_pci_modern_dev",
+    "virtio/virtio_pci_legacy_dev",
+    "virtio/virtio_pci",
+    "virtio/virtio_balloon",
 ];
+const VMWARE: &[&str] = &["misc/vmw_vmci/vmw_vmci", "misc/vmw_balloon"];
 
 /// Builds the archive; `programs` come into `bin`, and `driver` is loaded last.
 pub(super) fn build(
     parts: &HostVmPrerequisites,
+    balloon: Balloon,
     programs: &[PathBuf],
     driver: Option<&Path>,
 ) -> Result<Vec<u8>, GuestError> {
@@ -34,7 +37,14 @@ pub(super) fn build(
         archive.program(&format!("bin/{name}"), &read(program)?);
     }
     let mut order = String::new();
-    let stock = MODULES.map(|module| parts.drivers.join(format!("virtio/{module}.ko")));
+    let stock = match balloon {
+        Balloon::Vmware => VMWARE,
+        _ => VIRTIO,
+    };
+    let stock: Vec<_> = stock
+        .iter()
+        .map(|module| parts.drivers.join(format!("{module}.ko")))
+        .collect();
     for file in stock.iter().map(PathBuf::as_path).chain(driver) {
         let module = file.file_stem().unwrap_or_default().to_string_lossy();
         archive.program(&format!("lib/modules/{module}.ko"), &read(file)?);

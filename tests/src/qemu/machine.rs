@@ -97,9 +97,14 @@ impl Machine {
         let initramfs = files.path().join("initramfs.cpio");
         let driver = match config.balloon {
             Balloon::Memballoon => Some(memballoon_driver()?),
-            Balloon::Aerostat | Balloon::Virtio => None,
+            Balloon::Aerostat | Balloon::Virtio | Balloon::Vmware => None,
         };
-        let archive = initramfs::build(&parts.host, &config.programs, driver.as_deref())?;
+        let archive = initramfs::build(
+            &parts.host,
+            config.balloon,
+            &config.programs,
+            driver.as_deref(),
+        )?;
         fs::write(&initramfs, archive).map_err(GuestError::io("writing", &initramfs))?;
         let command_line = config.command_line(
             parts.accelerator.arguments(),

@@ -5,9 +5,11 @@
 //! with either device.
 //!
 //! - [`config`]: what the machine is like; QEMU's command line;
+//! - [`balloon`]: what tests expect of its balloon;
 //! - [`monitor`][]: QMP;
 //! - [`machine`]: the running machine, its guest's shell, and what it costs the host.
 
+pub mod balloon;
 pub mod config;
 mod initramfs;
 pub mod machine;

@@ -16,7 +16,10 @@
 #include "exec/ramblock.h"
 #include "hw/boards.h"
 #include "hw/mem/memory-device.h"
-#include "aerostat-balloon.h"
+#include "hw/mem/pc-dimm.h"
+#include "system/hostmem.h"
+#include "system/numa.h"
+#include "aerostat-core.h"
 #include "trace/trace-hw_virtio.h"
 
 /* A piece of guest memory; the memory region is referenced as long as it lasts. */
@@ -82,6 +85,50 @@ static bool sections_equal(const GArray *a, const GArray *b)
     return true;
 }
 
+/* A DIMM that is being plugged is in no list yet, but in the tree of objects. */
+typedef struct DimmSearch {
+    MemoryRegion *mr;
+    uint32_t node;
+} DimmSearch;
+
+static int dimm_with(Object *obj, void *opaque)
+{
+    DimmSearch *search = opaque;
+    PCDIMMDevice *dimm;
+
+    if (!object_dynamic_cast(obj, TYPE_PC_DIMM)) {
+        return 0;
+    }
+    dimm = PC_DIMM(obj);
+    if (!dimm->hostmem ||
+        host_memory_backend_get_memory(dimm->hostmem) != search->mr) {
+        return 0;
+    }
+    search->node = dimm->node;
+    return 1;
+}
+
+/*
+ * The node of the guest that a section is on: that of the memory backend, or of
+ * the DIMM. A machine without nodes has all of it on node 0.
+ */
+static uint32_t guest_node(const Section *section)
+{
+    MachineState *machine = MACHINE(qdev_get_machine());
+    DimmSearch search = { .mr = section->mr };
+    int i;
+
+    for (i = 0; machine->numa_state && i < machine->numa_state->num_nodes; i++) {
+        HostMemoryBackend *backend = machine->numa_state->nodes[i].node_memdev;
+
+        if (backend && host_memory_backend_get_memory(backend) == section->mr) {
+            return i;
+        }
+    }
+    object_child_foreach_recursive(OBJECT(machine), dimm_with, &search);
+    return search.node;
+}
+
 /*
  * The whole pages of a section: those of huge page backings stick out of the
  * sections that a PC's first megabyte is cut into.
@@ -105,6 +152,7 @@ static bool section_region(const Section *section,
     region->len_bytes = end - start;
     region->hva = (uint8_t *)memory_region_get_ram_ptr(section->mr) + offset;
     region->page_size_bytes = page;
+    region->guest_node = guest_node(section);
     /* The pages of a private mapping are the process's, not the file's. */
     if (shared && fd >= 0) {
         region->flags = AEROSTAT_REGION_SHARED;
@@ -114,7 +162,7 @@ static bool section_region(const Section *section,
     return true;
 }
 
-static void set_memory(AerostatBalloon *s, const GArray *sections)
+static void set_memory(AerostatCore *core, const GArray *sections)
 {
     g_autofree struct aerostat_memory_region *regions =
         g_new0(struct aerostat_memory_region, sections->len);
@@ -136,25 +184,25 @@ static void set_memory(AerostatBalloon *s, const GArray *sections)
         return;
     }
     if (aerostat_memory_new(regions, n, &memory) < 0 ||
-        aerostat_device_set_memory(s->device, memory) < 0) {
+        aerostat_device_set_memory(core->device, memory) < 0) {
         /* What went away must not be discarded: no balloon rather than that. */
-        aerostat_balloon_complain(s, "the memory table is refused");
-        aerostat_device_inhibit(s->device);
+        aerostat_core_complain(core, "the memory table is refused");
+        aerostat_device_inhibit(core->device);
     }
     aerostat_memory_destroy(&memory);
 }
 
 static void aerostat_balloon_memory_begin(MemoryListener *listener)
 {
-    AerostatBalloon *s = container_of(listener, AerostatBalloon, listener);
+    AerostatCore *core = container_of(listener, AerostatCore, listener);
 
-    s->new_sections = sections_new();
+    core->new_sections = sections_new();
 }
 
 static void aerostat_balloon_memory_section(MemoryListener *listener,
                                             MemoryRegionSection *section)
 {
-    AerostatBalloon *s = container_of(listener, AerostatBalloon, listener);
+    AerostatCore *core = container_of(listener, AerostatCore, listener);
     Section new;
 
     if (!is_guest_ram(section)) {
@@ -167,41 +215,41 @@ static void aerostat_balloon_memory_section(MemoryListener *listener,
         .bytes = int128_get64(section->size),
     };
     memory_region_ref(new.mr);
-    g_array_append_val(s->new_sections, new);
+    g_array_append_val(core->new_sections, new);
 }
 
 /* What went away is out of use when this returns, so it may be unmapped then. */
 static void aerostat_balloon_memory_commit(MemoryListener *listener)
 {
-    AerostatBalloon *s = container_of(listener, AerostatBalloon, listener);
-    GArray *old = s->sections;
+    AerostatCore *core = container_of(listener, AerostatCore, listener);
+    GArray *old = core->sections;
 
-    s->sections = s->new_sections;
-    s->new_sections = NULL;
-    if (!old || !sections_equal(old, s->sections)) {
-        set_memory(s, s->sections);
+    core->sections = core->new_sections;
+    core->new_sections = NULL;
+    if (!old || !sections_equal(old, core->sections)) {
+        set_memory(core, core->sections);
     }
     if (old) {
         g_array_unref(old);
     }
 }
 
-void aerostat_balloon_memory_init(AerostatBalloon *s)
+void aerostat_core_memory_init(AerostatCore *core)
 {
-    s->listener = (MemoryListener) {
+    core->listener = (MemoryListener) {
         .name = "aerostat-balloon",
         .begin = aerostat_balloon_memory_begin,
         .region_add = aerostat_balloon_memory_section,
         .region_nop = aerostat_balloon_memory_section,
         .commit = aerostat_balloon_memory_commit,
     };
-    memory_listener_register(&s->listener, &address_space_memory);
+    memory_listener_register(&core->listener, &address_space_memory);
 }
 
 /* The device must not be served any more. */
-void aerostat_balloon_memory_cleanup(AerostatBalloon *s)
+void aerostat_core_memory_cleanup(AerostatCore *core)
 {
-    memory_listener_unregister(&s->listener);
-    g_clear_pointer(&s->new_sections, g_array_unref);
-    g_clear_pointer(&s->sections, g_array_unref);
+    memory_listener_unregister(&core->listener);
+    g_clear_pointer(&core->new_sections, g_array_unref);
+    g_clear_pointer(&core->sections, g_array_unref);
 }

@@ -1,6 +1,5 @@
 /*
- * A virtio balloon whose work is done by libaerostat: migration, and whatever
- * else forbids to discard
+ * A virtio balloon whose work is done by libaerostat: its migration
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -19,74 +18,6 @@
 /* How long a guest may take for its hints; it lacks its free memory meanwhile. */
 #define HINTS_MS 30000
 
-/* QEMU has one balloon at most. */
-static AerostatBalloon *the_balloon;
-
-/*
- * Discards are forbidden as soon as somebody pins memory (VFIO), while it is
- * filled from elsewhere (postcopy), and during a background snapshot. Nothing
- * is discarded any more when this returns.
- *
- * Called whenever that may have changed: for every kick, when the VM goes on,
- * at the start and end of migrations, and by ram_block_discard_disable().
- */
-void aerostat_balloon_update_inhibit(AerostatBalloon *s)
-{
-    bool inhibit = ram_block_discard_is_disabled() ||
-                   migration_in_incoming_postcopy() ||
-                   migration_in_bg_snapshot();
-
-    QEMU_LOCK_GUARD(&s->inhibit_lock);
-    if (inhibit == s->inhibited) {
-        return;
-    }
-    s->inhibited = inhibit;
-    trace_aerostat_balloon_inhibit(inhibit);
-    if (inhibit) {
-        aerostat_device_inhibit(s->device);
-    } else {
-        aerostat_device_uninhibit(s->device);
-    }
-}
-
-/*
- * QEMU tells nobody that discards were forbidden. The linker does (--wrap, see
- * meson.build): callers of these two functions get these instead, so VFIO pins
- * nothing before what is in flight is discarded.
- */
-int __real_ram_block_discard_disable(bool state);
-int __real_ram_block_uncoordinated_discard_disable(bool state);
-int __wrap_ram_block_discard_disable(bool state);
-int __wrap_ram_block_uncoordinated_discard_disable(bool state);
-
-int __wrap_ram_block_discard_disable(bool state)
-{
-    int ret = __real_ram_block_discard_disable(state);
-
-    if (the_balloon) {
-        aerostat_balloon_update_inhibit(the_balloon);
-    }
-    return ret;
-}
-
-int __wrap_ram_block_uncoordinated_discard_disable(bool state)
-{
-    int ret = __real_ram_block_uncoordinated_discard_disable(state);
-
-    if (the_balloon) {
-        aerostat_balloon_update_inhibit(the_balloon);
-    }
-    return ret;
-}
-
-static int aerostat_balloon_migration(NotifierWithReturn *notifier,
-                                      MigrationEvent *event, Error **errp)
-{
-    aerostat_balloon_update_inhibit(container_of(notifier, AerostatBalloon,
-                                                 migration_notifier));
-    return 0;
-}
-
 /* A range that the guest does not use need not be sent. */
 static void skip_range(AerostatBalloon *s, hwaddr gpa, uint64_t bytes)
 {
@@ -104,7 +35,7 @@ static void skip_range(AerostatBalloon *s, hwaddr gpa, uint64_t bytes)
             qemu_guest_free_page_hint((uint8_t *)
                                       memory_region_get_ram_ptr(section.mr) +
                                       section.offset_within_region, here);
-            s->hinted_bytes += here;
+            s->core.hinted_bytes += here;
         }
         memory_region_unref(section.mr);
         here += section.offset_within_address_space - gpa;
@@ -129,7 +60,7 @@ void aerostat_balloon_take_hints(AerostatBalloon *s)
         return;
     }
     do {
-        n = aerostat_device_take_hints(s->device, hints, ARRAY_SIZE(hints),
+        n = aerostat_device_take_hints(s->core.device, hints, ARRAY_SIZE(hints),
                                        &state);
         for (i = 0; i < n; i++) {
             skip_range(s, hints[i].gpa, hints[i].len_bytes);
@@ -137,8 +68,8 @@ void aerostat_balloon_take_hints(AerostatBalloon *s)
     } while (n == ARRAY_SIZE(hints));
     if (state != AEROSTAT_HINT_RUNNING) {
         s->hints_running = false;
-        aerostat_device_finish_hints(s->device);
-        trace_aerostat_balloon_hints(s->hinted_bytes);
+        aerostat_device_finish_hints(s->core.device);
+        trace_aerostat_balloon_hints(s->core.hinted_bytes);
     }
 }
 
@@ -147,8 +78,8 @@ static void finish_hints(AerostatBalloon *s)
     QEMU_LOCK_GUARD(&s->hints_lock);
     if (s->hints_running) {
         s->hints_running = false;
-        aerostat_device_finish_hints(s->device);
-        trace_aerostat_balloon_hints(s->hinted_bytes);
+        aerostat_device_finish_hints(s->core.device);
+        trace_aerostat_balloon_hints(s->core.hinted_bytes);
     }
 }
 
@@ -167,7 +98,7 @@ static int aerostat_balloon_precopy(NotifierWithReturn *notifier, void *data,
     switch (event->reason) {
     case PRECOPY_NOTIFY_SETUP:
         s->hints_asked = false;
-        s->hinted_bytes = 0;
+        s->core.hinted_bytes = 0;
         break;
     case PRECOPY_NOTIFY_AFTER_BITMAP_SYNC:
         /* A page that postcopy is to fetch must not be left out. */
@@ -176,7 +107,7 @@ static int aerostat_balloon_precopy(NotifierWithReturn *notifier, void *data,
         }
         s->hints_asked = true;
         WITH_QEMU_LOCK_GUARD(&s->hints_lock) {
-            s->hints_running = !aerostat_device_start_hints(s->device,
+            s->hints_running = !aerostat_device_start_hints(s->core.device,
                                                             HINTS_MS);
         }
         break;
@@ -191,40 +122,13 @@ static int aerostat_balloon_precopy(NotifierWithReturn *notifier, void *data,
 
 static int aerostat_balloon_pre_save(void *opaque)
 {
-    AerostatBalloon *s = opaque;
-    size_t bytes = 0;
-
-    g_clear_pointer(&s->saved, g_free);
-    if (aerostat_device_save(s->device, NULL, 0, &bytes) < 0 ||
-        bytes > UINT32_MAX) {
-        aerostat_balloon_complain(s, "the balloon cannot be saved");
-        return -EINVAL;
-    }
-    s->saved = g_malloc(bytes);
-    s->saved_bytes = bytes;
-    if (aerostat_device_save(s->device, s->saved, bytes, &bytes) < 0) {
-        aerostat_balloon_complain(s, "the balloon cannot be saved");
-        return -EINVAL;
-    }
-    trace_aerostat_balloon_save(bytes);
-    return 0;
+    return aerostat_core_save(&((AerostatBalloon *)opaque)->core);
 }
 
 /* After the features and queues have been loaded. */
 int aerostat_balloon_post_load(VirtIODevice *vdev)
 {
-    AerostatBalloon *s = AEROSTAT_BALLOON(vdev);
-    int ret;
-
-    aerostat_device_reset(s->device);
-    ret = aerostat_device_restore(s->device, s->saved, s->saved_bytes);
-    if (ret < 0) {
-        aerostat_balloon_complain(s, "the balloon cannot be restored");
-        return ret;
-    }
-    trace_aerostat_balloon_restore(s->saved_bytes);
-    g_clear_pointer(&s->saved, g_free);
-    return 0;
+    return aerostat_core_restore(&AEROSTAT_BALLOON(vdev)->core);
 }
 
 const VMStateDescription vmstate_aerostat_balloon_device = {
@@ -233,18 +137,15 @@ const VMStateDescription vmstate_aerostat_balloon_device = {
     .minimum_version_id = 1,
     .pre_save = aerostat_balloon_pre_save,
     .fields = (const VMStateField[]) {
-        VMSTATE_UINT32(saved_bytes, AerostatBalloon),
-        VMSTATE_VBUFFER_ALLOC_UINT32(saved, AerostatBalloon, 1, NULL,
-                                     saved_bytes),
+        VMSTATE_UINT32(core.saved_bytes, AerostatBalloon),
+        VMSTATE_VBUFFER_ALLOC_UINT32(core.saved, AerostatBalloon, 1, NULL,
+                                     core.saved_bytes),
         VMSTATE_END_OF_LIST()
     },
 };
 
 void aerostat_balloon_migration_init(AerostatBalloon *s)
 {
-    the_balloon = s;
-    aerostat_balloon_update_inhibit(s);
-    migration_add_notifier(&s->migration_notifier, aerostat_balloon_migration);
     s->precopy_notifier.notify = aerostat_balloon_precopy;
     precopy_add_notifier(&s->precopy_notifier);
 }
@@ -252,7 +153,5 @@ void aerostat_balloon_migration_init(AerostatBalloon *s)
 void aerostat_balloon_migration_cleanup(AerostatBalloon *s)
 {
     precopy_remove_notifier(&s->precopy_notifier);
-    migration_remove_notifier(&s->migration_notifier);
     finish_hints(s);
-    the_balloon = NULL;
 }

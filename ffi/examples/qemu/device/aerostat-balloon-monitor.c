@@ -11,9 +11,11 @@
 #include "qapi/error.h"
 #include "qapi/qapi-events-machine.h"
 #include "qapi/visitor.h"
+#include "qemu/cutils.h"
 #include "qemu/timer.h"
 #include "hw/boards.h"
 #include "hw/mem/memory-device.h"
+#include "system/numa.h"
 #include "system/balloon.h"
 #include "aerostat-balloon.h"
 #include "trace/trace-hw_virtio.h"
@@ -39,7 +41,7 @@ static const char *const stat_names[AEROSTAT_STATS] = {
 };
 
 /* The guest's memory without a balloon; QMP's values are what a balloon leaves. */
-uint64_t aerostat_balloon_ram_bytes(void)
+uint64_t aerostat_core_ram_bytes(void)
 {
     MachineState *machine = MACHINE(qdev_get_machine());
 
@@ -49,53 +51,57 @@ uint64_t aerostat_balloon_ram_bytes(void)
 
 static void aerostat_balloon_to_target(void *opaque, ram_addr_t left)
 {
-    AerostatBalloon *s = opaque;
-    uint64_t ram = aerostat_balloon_ram_bytes();
+    AerostatCore *core = opaque;
+    uint64_t ram = aerostat_core_ram_bytes();
     uint64_t target = ram - MIN(left, ram);
 
     if (!left) {
         return;
     }
     trace_aerostat_balloon_target(target);
-    if (aerostat_device_set_target(s->device, target) < 0) {
-        aerostat_balloon_complain(s, "the target is refused");
+    if (aerostat_device_set_target(core->device, target) < 0) {
+        aerostat_core_complain(core, "the target is refused");
     }
 }
 
-static uint64_t actual_bytes(AerostatBalloon *s)
+static uint64_t actual_bytes(AerostatCore *core)
 {
     struct aerostat_balloon balloon = AEROSTAT_BALLOON_INIT;
 
-    aerostat_device_query(s->device, &balloon);
+    aerostat_device_query(core->device, &balloon);
     return balloon.actual_bytes;
 }
 
 static void aerostat_balloon_status(void *opaque, BalloonInfo *info)
 {
-    info->actual = aerostat_balloon_ram_bytes() - actual_bytes(opaque);
+    info->actual = aerostat_core_ram_bytes() - actual_bytes(opaque);
 }
 
-void aerostat_balloon_announce_actual(AerostatBalloon *s)
+void aerostat_core_announce_actual(AerostatCore *core)
 {
-    uint64_t actual = actual_bytes(s);
+    uint64_t actual = actual_bytes(core);
 
-    if (actual == s->announced_bytes) {
+    if (actual == core->announced_bytes) {
         return;
     }
-    s->announced_bytes = actual;
+    core->announced_bytes = actual;
     trace_aerostat_balloon_actual(actual);
-    qapi_event_send_balloon_change(aerostat_balloon_ram_bytes() - actual);
+    qapi_event_send_balloon_change(aerostat_core_ram_bytes() - actual);
 }
 
-int aerostat_balloon_monitor_init(AerostatBalloon *s)
+bool aerostat_core_monitor_init(AerostatCore *core, Error **errp)
 {
-    return qemu_add_balloon_handler(aerostat_balloon_to_target,
-                                    aerostat_balloon_status, s);
+    if (qemu_add_balloon_handler(aerostat_balloon_to_target,
+                                 aerostat_balloon_status, core) < 0) {
+        error_setg(errp, "Only one balloon device is supported");
+        return false;
+    }
+    return true;
 }
 
-void aerostat_balloon_monitor_cleanup(AerostatBalloon *s)
+void aerostat_core_monitor_cleanup(AerostatCore *core)
 {
-    qemu_remove_balloon_handler(s);
+    qemu_remove_balloon_handler(core);
 }
 
 /* A statistic that the guest did not send is -1, as unsigned as all of them. */
@@ -107,8 +113,8 @@ static void get_guest_stats(Object *obj, Visitor *v, const char *name,
     int64_t updated = 0;
     int i;
 
-    if (s->device) {
-        aerostat_device_guest_stats(s->device, 0, &stats);
+    if (s->core.device) {
+        aerostat_device_guest_stats(s->core.device, 0, &stats);
     }
     if (stats.sequence) {
         updated = (g_get_real_time() / 1000 - (int64_t)stats.age_ms) / 1000;
@@ -154,8 +160,8 @@ static void set_stats_interval(Object *obj, Visitor *v, const char *name,
         return;
     }
     s->stats_interval_s = seconds;
-    if (s->device) {
-        aerostat_device_set_stats_interval(s->device, seconds * 1000);
+    if (s->core.device) {
+        aerostat_device_set_stats_interval(s->core.device, seconds * 1000);
     }
 }
 
@@ -185,6 +191,10 @@ static bool visit_flow(Visitor *v, const char *name,
                        flow->skipped_out_of_range_bytes, errp) &&
          visit_counter(v, "duplicate-bytes", flow->skipped_duplicate_bytes,
                        errp) &&
+         visit_counter(v, "pinned-bytes", flow->skipped_pinned_bytes, errp) &&
+         visit_counter(v, "over-target-bytes",
+                       flow->skipped_over_target_bytes, errp) &&
+         visit_counter(v, "late-bytes", flow->skipped_late_bytes, errp) &&
          visit_counter(v, "partial-bytes", flow->skipped_partial_bytes,
                        errp) &&
          visit_counter(v, "failed-bytes", flow->skipped_failed_bytes, errp) &&
@@ -197,13 +207,13 @@ static bool visit_flow(Visitor *v, const char *name,
 static void get_counters(Object *obj, Visitor *v, const char *name,
                          void *opaque, Error **errp)
 {
-    AerostatBalloon *s = AEROSTAT_BALLOON(obj);
+    AerostatCore *core = opaque;
     struct aerostat_counters counters = AEROSTAT_COUNTERS_INIT;
     struct aerostat_balloon balloon = AEROSTAT_BALLOON_INIT;
 
-    if (s->device) {
-        aerostat_device_counters(s->device, &counters);
-        aerostat_device_query(s->device, &balloon);
+    if (core->device) {
+        aerostat_device_counters(core->device, &counters);
+        aerostat_device_query(core->device, &balloon);
     }
     if (!visit_start_struct(v, name, NULL, 0, errp)) {
         return;
@@ -213,13 +223,18 @@ static void get_counters(Object *obj, Visitor *v, const char *name,
         visit_counter(v, "target-bytes", balloon.target_bytes, errp) &&
         visit_counter(v, "actual-bytes", balloon.actual_bytes, errp) &&
         visit_counter(v, "ballooned-bytes", balloon.ballooned_bytes, errp) &&
+        visit_counter(v, "refused-bytes", counters.refused_bytes, errp) &&
         visit_counter(v, "returned-bytes", counters.returned_bytes, errp) &&
         visit_counter(v, "discard-calls", counters.discard_calls, errp) &&
         visit_counter(v, "discard-ranges", counters.discard_ranges, errp) &&
         visit_counter(v, "discard-ns", counters.discard_ns, errp) &&
         visit_counter(v, "chain-errors", counters.chain_errors, errp) &&
+        visit_counter(v, "handshakes", counters.handshakes, errp) &&
+        visit_counter(v, "host-resets", counters.host_resets, errp) &&
+        visit_counter(v, "host-resets-acknowledged",
+                      counters.host_resets_acknowledged, errp) &&
         visit_counter(v, "hint-chains", counters.hint_chains, errp) &&
-        visit_counter(v, "hinted-bytes", s->hinted_bytes, errp)) {
+        visit_counter(v, "hinted-bytes", core->hinted_bytes, errp)) {
         visit_check_struct(v, errp);
     }
     visit_end_struct(v, NULL);
@@ -242,17 +257,18 @@ static const char *event_name(uint32_t event)
 }
 
 /* "What happened with the balloon?": a line each, the oldest first. */
-static char *get_history(Object *obj, Error **errp)
+static void get_history(Object *obj, Visitor *v, const char *name,
+                        void *opaque, Error **errp)
 {
     enum { MAX = 1024 };
-    AerostatBalloon *s = AEROSTAT_BALLOON(obj);
+    AerostatCore *core = opaque;
     g_autofree struct aerostat_history_entry *entries =
         g_new(struct aerostat_history_entry, MAX);
-    GString *text = g_string_new("");
+    g_autoptr(GString) text = g_string_new("");
     int i, n = 0;
 
-    if (s->device) {
-        n = aerostat_device_history(s->device, 0, entries, MAX);
+    if (core->device) {
+        n = aerostat_device_history(core->device, 0, entries, MAX);
     }
     for (i = 0; i < n; i++) {
         g_string_append_printf(text, "%.3f %s target %" PRIu64
@@ -263,7 +279,7 @@ static char *get_history(Object *obj, Error **errp)
                                entries[i].actual_bytes,
                                entries[i].ballooned_bytes);
     }
-    return g_string_free(text, false);
+    visit_type_str(v, name, &text->str, errp);
 }
 
 /* Of protocols in which the guest tells of its memory. */
@@ -275,9 +291,108 @@ void aerostat_balloon_add_stats_properties(Object *obj)
                         get_stats_interval, set_stats_interval, NULL, NULL);
 }
 
-void aerostat_balloon_add_properties(Object *obj)
+/* The highest number of the guest's nodes. */
+static uint32_t last_node(void)
 {
+    MachineState *machine = MACHINE(qdev_get_machine());
+    int nodes = machine->numa_state ? machine->numa_state->num_nodes : 0;
+
+    return nodes ? nodes - 1 : 0;
+}
+
+/*
+ * What is in the balloon of each node of the guest, in bytes: "N,N,...", from
+ * node 0 on. Known of every driver.
+ */
+static void get_node_ballooned(Object *obj, Visitor *v, const char *name,
+                               void *opaque, Error **errp)
+{
+    AerostatCore *core = opaque;
+    g_autoptr(GString) text = g_string_new("");
+    uint32_t node;
+
+    for (node = 0; core->device && node <= last_node(); node++) {
+        struct aerostat_node_balloon balloon = AEROSTAT_NODE_BALLOON_INIT;
+
+        aerostat_device_query_node(core->device, node, &balloon);
+        g_string_append_printf(text, "%s%" PRIu64, node ? "," : "",
+                               balloon.ballooned_bytes);
+    }
+    visit_type_str(v, name, &text->str, errp);
+}
+
+/* Its targets: the same, or nothing where there is one for the whole balloon. */
+static void get_node_targets(Object *obj, Visitor *v, const char *name,
+                             void *opaque, Error **errp)
+{
+    AerostatCore *core = opaque;
+    g_autoptr(GString) text = g_string_new("");
+    uint32_t node;
+
+    for (node = 0; core->device && node <= last_node(); node++) {
+        struct aerostat_node_balloon balloon = AEROSTAT_NODE_BALLOON_INIT;
+
+        aerostat_device_query_node(core->device, node, &balloon);
+        if (balloon.target_bytes == AEROSTAT_NO_TARGET) {
+            break;
+        }
+        g_string_append_printf(text, "%s%" PRIu64, node ? "," : "",
+                               balloon.target_bytes);
+    }
+    visit_type_str(v, name, &text->str, errp);
+}
+
+static void set_node_targets(Object *obj, Visitor *v, const char *name,
+                             void *opaque, Error **errp)
+{
+    AerostatCore *core = opaque;
+    uint64_t targets[AEROSTAT_TARGET_NODES];
+    g_autofree char *text = NULL;
+    g_auto(GStrv) words = NULL;
+    size_t n;
+
+    if (!visit_type_str(v, name, &text, errp)) {
+        return;
+    }
+    words = g_strsplit(text, ",", 0);
+    for (n = 0; words[n]; n++) {
+        if (n == ARRAY_SIZE(targets) ||
+            qemu_strtosz(words[n], NULL, &targets[n]) < 0) {
+            error_setg(errp, "%s takes up to %zu sizes: N,N,...", name,
+                       ARRAY_SIZE(targets));
+            return;
+        }
+    }
+    if (aerostat_device_set_node_targets(core->device, targets, n) < 0) {
+        error_setg(errp, "%s", aerostat_last_error());
+    }
+}
+
+/* Gives the guest all that is in the balloon, where its driver understands it. */
+static void set_reset_balloon(Object *obj, Visitor *v, const char *name,
+                              void *opaque, Error **errp)
+{
+    AerostatCore *core = opaque;
+    bool reset;
+
+    if (visit_type_bool(v, name, &reset, errp) && reset &&
+        aerostat_device_reset_balloon(core->device) < 0) {
+        error_setg(errp, "%s", aerostat_last_error());
+    }
+}
+
+void aerostat_core_add_properties(AerostatCore *core)
+{
+    Object *obj = core->owner;
+
     object_property_add(obj, "counters", "books", get_counters, NULL, NULL,
-                        NULL);
-    object_property_add_str(obj, "balloon-history", get_history, NULL);
+                        core);
+    object_property_add(obj, "node-ballooned", "string", get_node_ballooned,
+                        NULL, NULL, core);
+    object_property_add(obj, "node-targets", "string", get_node_targets,
+                        set_node_targets, NULL, core);
+    object_property_add(obj, "reset-balloon", "bool", NULL, set_reset_balloon,
+                        NULL, core);
+    object_property_add(obj, "balloon-history", "string", get_history, NULL,
+                        NULL, core);
 }

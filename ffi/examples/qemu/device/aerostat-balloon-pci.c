@@ -65,7 +65,7 @@ static void virtio_balloon_pci_instance_init(Object *obj)
 {
     static const char *const properties[] = {
         "guest-stats", "guest-stats-polling-interval", "counters",
-        "balloon-history", NULL,
+        "balloon-history", "node-ballooned", NULL,
     };
 
     create(obj, TYPE_AEROSTAT_VIRTIO_BALLOON, properties);
@@ -74,7 +74,7 @@ static void virtio_balloon_pci_instance_init(Object *obj)
 static void memballoon_pci_instance_init(Object *obj)
 {
     static const char *const properties[] = {
-        "counters", "balloon-history", NULL,
+        "counters", "balloon-history", "node-ballooned", "node-targets", NULL,
     };
 
     create(obj, TYPE_AEROSTAT_MEMBALLOON, properties);

@@ -27,21 +27,16 @@
 #define QUEUE_SIZE 128
 #define BATCH 128
 
-void aerostat_balloon_complain(AerostatBalloon *s, const char *what)
-{
-    error_report("%s: %s: %s", object_get_typename(OBJECT(s)), what,
-                 aerostat_last_error());
-}
-
 static void aerostat_balloon_collect(AerostatBalloon *s);
 
 /*
- * Behind the acknowledgement only the books are kept while the guest waits: the
- * main loop does that itself, rather than wake a thread that wakes it again.
+ * Behind the acknowledgement only the books are kept while the guest waits: its
+ * own processor does that, as there is no ioeventfd, rather than wake the main
+ * loop, which wakes another thread, which wakes it again.
  */
 static bool aerostat_balloon_serve_here(AerostatBalloon *s, unsigned int queue)
 {
-    return s->write_behind_bytes &&
+    return s->core.write_behind_bytes &&
            AEROSTAT_BALLOON_GET_CLASS(s)->served_here(s) & (1u << queue);
 }
 
@@ -56,10 +51,10 @@ static void aerostat_balloon_handle_output(VirtIODevice *vdev, VirtQueue *vq)
     unsigned int n;
 
     /* Drivers kick before DRIVER_OK, too: all queues are looked at then. */
-    if (aerostat_device_state(s->device) != AEROSTAT_STATE_ACTIVE) {
+    if (aerostat_device_state(s->core.device) != AEROSTAT_STATE_ACTIVE) {
         return;
     }
-    aerostat_balloon_update_inhibit(s);
+    aerostat_core_update_inhibit(&s->core);
     do {
         for (n = 0; n < BATCH; n++) {
             elem = virtqueue_pop(vq, sizeof(*elem));
@@ -80,8 +75,8 @@ static void aerostat_balloon_handle_output(VirtIODevice *vdev, VirtQueue *vq)
             break;
         }
         trace_aerostat_balloon_submit(queue, n);
-        if (aerostat_device_submit(s->device, batch, n) < 0) {
-            aerostat_balloon_complain(s, "elements are not taken");
+        if (aerostat_device_submit(s->core.device, batch, n) < 0) {
+            aerostat_core_complain(&s->core, "elements are not taken");
             while (n--) {
                 elem = (VirtQueueElement *)(uintptr_t)batch[n].token;
                 virtqueue_unpop(vq, elem, 0);
@@ -110,7 +105,7 @@ static void aerostat_balloon_collect(AerostatBalloon *s)
 
     RCU_READ_LOCK_GUARD();
     do {
-        n = aerostat_device_completions(s->device, done, BATCH);
+        n = aerostat_device_completions(s->core.device, done, BATCH);
         for (i = 0; i < n; i++) {
             VirtQueueElement *elem =
                 (VirtQueueElement *)(uintptr_t)done[i].token;
@@ -147,7 +142,7 @@ static void aerostat_balloon_collect(AerostatBalloon *s)
     }
     /* Where the guest does not write its size anywhere, commands tell it. */
     if (!AEROSTAT_BALLOON_GET_CLASS(s)->config_bytes) {
-        aerostat_balloon_announce_actual(s);
+        aerostat_core_announce_actual(&s->core);
     }
 }
 
@@ -170,7 +165,7 @@ static void aerostat_balloon_config_changed(EventNotifier *n)
         return;
     }
     aerostat_balloon_take_hints(s);
-    if (aerostat_device_state(s->device) == AEROSTAT_STATE_NEEDS_RESET) {
+    if (aerostat_device_state(s->core.device) == AEROSTAT_STATE_NEEDS_RESET) {
         virtio_error(vdev, "aerostat-balloon: the device needs a reset");
     } else {
         virtio_notify_config(vdev);
@@ -182,8 +177,8 @@ static bool aerostat_balloon_start_queue(AerostatBalloon *s, unsigned int i)
     struct aerostat_queue_config config = AEROSTAT_QUEUE_CONFIG_INIT;
 
     config.flags = AEROSTAT_QUEUE_ELEMENT;
-    if (aerostat_device_start_queue(s->device, i, &config) < 0) {
-        aerostat_balloon_complain(s, "a queue does not start");
+    if (aerostat_device_start_queue(s->core.device, i, &config) < 0) {
+        aerostat_core_complain(&s->core, "a queue does not start");
         return false;
     }
     return true;
@@ -193,14 +188,14 @@ static bool aerostat_balloon_start_queue(AerostatBalloon *s, unsigned int i)
 static void aerostat_balloon_start(AerostatBalloon *s)
 {
     VirtIODevice *vdev = VIRTIO_DEVICE(s);
-    int state = aerostat_device_state(s->device);
+    int state = aerostat_device_state(s->core.device);
     int ret = 0;
     unsigned int i;
 
     if (state != AEROSTAT_STATE_CONFIGURING && state != AEROSTAT_STATE_PAUSED) {
         return;
     }
-    aerostat_balloon_update_inhibit(s);
+    aerostat_core_update_inhibit(&s->core);
     for (i = 0; i < AEROSTAT_BALLOON_QUEUES; i++) {
         bool wanted = state == AEROSTAT_STATE_PAUSED ?
                       s->stopped & (1u << i) :
@@ -212,12 +207,12 @@ static void aerostat_balloon_start(AerostatBalloon *s)
     }
     s->stopped = 0;
     if (state == AEROSTAT_STATE_PAUSED) {
-        ret = aerostat_device_resume(s->device);
+        ret = aerostat_device_resume(s->core.device);
     } else {
-        ret = aerostat_device_activate(s->device);
+        ret = aerostat_device_activate(s->core.device);
     }
     if (ret < 0) {
-        aerostat_balloon_complain(s, "the device does not start");
+        aerostat_core_complain(&s->core, "the device does not start");
         return;
     }
     trace_aerostat_balloon_start(state == AEROSTAT_STATE_PAUSED);
@@ -238,17 +233,17 @@ static void aerostat_balloon_stop(AerostatBalloon *s)
     struct aerostat_queue_position position = AEROSTAT_QUEUE_POSITION_INIT;
     unsigned int i;
 
-    if (aerostat_device_state(s->device) != AEROSTAT_STATE_ACTIVE) {
+    if (aerostat_device_state(s->core.device) != AEROSTAT_STATE_ACTIVE) {
         return;
     }
-    if (aerostat_device_pause(s->device) < 0) {
-        aerostat_balloon_complain(s, "the device does not pause");
+    if (aerostat_device_pause(s->core.device) < 0) {
+        aerostat_core_complain(&s->core, "the device does not pause");
         return;
     }
     aerostat_balloon_collect(s);
     for (i = 0; i < AEROSTAT_BALLOON_QUEUES; i++) {
         if (s->outstanding[i]) {
-            aerostat_device_stop_queue(s->device, i, &position);
+            aerostat_device_stop_queue(s->core.device, i, &position);
             s->stopped |= 1u << i;
         }
     }
@@ -276,9 +271,9 @@ static void aerostat_balloon_reset(VirtIODevice *vdev)
     struct aerostat_completion done[BATCH];
     int i, n;
 
-    aerostat_device_reset(s->device);
+    aerostat_device_reset(s->core.device);
     do {
-        n = aerostat_device_completions(s->device, done, BATCH);
+        n = aerostat_device_completions(s->core.device, done, BATCH);
         for (i = 0; i < n; i++) {
             VirtQueueElement *elem =
                 (VirtQueueElement *)(uintptr_t)done[i].token;
@@ -298,7 +293,7 @@ static void aerostat_balloon_queue_reset(VirtIODevice *vdev, uint32_t queue)
     AerostatBalloon *s = AEROSTAT_BALLOON(vdev);
     struct aerostat_queue_position position = AEROSTAT_QUEUE_POSITION_INIT;
 
-    aerostat_device_stop_queue(s->device, queue, &position);
+    aerostat_device_stop_queue(s->core.device, queue, &position);
     s->stopped &= ~(1u << queue);
     aerostat_balloon_collect(s);
 }
@@ -308,7 +303,7 @@ static void aerostat_balloon_queue_enable(VirtIODevice *vdev, uint32_t queue)
 {
     AerostatBalloon *s = AEROSTAT_BALLOON(vdev);
 
-    if (aerostat_device_state(s->device) == AEROSTAT_STATE_ACTIVE &&
+    if (aerostat_device_state(s->core.device) == AEROSTAT_STATE_ACTIVE &&
         aerostat_balloon_start_queue(s, queue)) {
         aerostat_balloon_handle_output(vdev, s->queues[queue]);
     }
@@ -322,16 +317,9 @@ static uint64_t aerostat_balloon_get_features(VirtIODevice *vdev,
     return features | AEROSTAT_BALLOON_GET_CLASS(s)->offered(s);
 }
 
-/* Called from the library's threads too, hence nothing but stdio. */
-static void aerostat_balloon_log(void *opaque, int level, const char *message)
-{
-    fprintf(stderr, "aerostat: %s\n", message);
-}
-
 static bool aerostat_balloon_new(AerostatBalloon *s, Error **errp)
 {
     AerostatBalloonClass *klass = AEROSTAT_BALLOON_GET_CLASS(s);
-    struct aerostat_runtime_config threads = AEROSTAT_RUNTIME_CONFIG_INIT;
     struct aerostat_device_config offer = AEROSTAT_DEVICE_CONFIG_INIT;
 
     if (event_notifier_init(&s->completions, 0) < 0 ||
@@ -339,29 +327,16 @@ static bool aerostat_balloon_new(AerostatBalloon *s, Error **errp)
         error_setg_errno(errp, errno, "no eventfd can be had");
         return false;
     }
-    aerostat_set_log(aerostat_balloon_log, NULL, AEROSTAT_LOG_WARN);
-    threads.workers_per_node = s->workers;
-    if (aerostat_runtime_new(&threads, &s->runtime) < 0) {
-        error_setg(errp, "%s", aerostat_last_error());
-        return false;
-    }
     offer.kind = klass->kind;
     offer.features = klass->offered(s);
     offer.completion_fd = event_notifier_get_fd(&s->completions);
     offer.config_fd = event_notifier_get_fd(&s->config);
-    if (aerostat_device_new(s->runtime, &offer, &s->device) < 0 ||
-        aerostat_device_set_write_behind(s->device, s->write_behind_bytes,
-                                         s->write_behind_ms) < 0) {
-        error_setg(errp, "%s", aerostat_last_error());
-        return false;
-    }
-    return true;
+    return aerostat_core_new(&s->core, &offer, errp);
 }
 
 static void aerostat_balloon_free(AerostatBalloon *s)
 {
-    aerostat_device_destroy(&s->device);
-    aerostat_runtime_destroy(&s->runtime);
+    aerostat_core_free(&s->core);
     event_notifier_cleanup(&s->completions);
     event_notifier_cleanup(&s->config);
 }
@@ -378,8 +353,7 @@ static void aerostat_balloon_realize(DeviceState *dev, Error **errp)
         return;
     }
     virtio_init(vdev, klass->virtio_id, klass->config_bytes);
-    if (aerostat_balloon_monitor_init(s) < 0) {
-        error_setg(errp, "Only one balloon device is supported");
+    if (!aerostat_core_monitor_init(&s->core, errp)) {
         virtio_cleanup(vdev);
         aerostat_balloon_free(s);
         return;
@@ -388,7 +362,7 @@ static void aerostat_balloon_realize(DeviceState *dev, Error **errp)
         s->queues[i] = virtio_add_queue(vdev, QUEUE_SIZE,
                                         aerostat_balloon_handle_output);
     }
-    aerostat_balloon_memory_init(s);
+    aerostat_core_attach(&s->core);
     aerostat_balloon_migration_init(s);
     event_notifier_set_handler(&s->completions, aerostat_balloon_completions);
     event_notifier_set_handler(&s->config, aerostat_balloon_config_changed);
@@ -404,8 +378,8 @@ static void aerostat_balloon_unrealize(DeviceState *dev)
     event_notifier_set_handler(&s->completions, NULL);
     event_notifier_set_handler(&s->config, NULL);
     aerostat_balloon_migration_cleanup(s);
-    aerostat_balloon_monitor_cleanup(s);
-    aerostat_balloon_memory_cleanup(s);
+    aerostat_core_monitor_cleanup(&s->core);
+    aerostat_core_detach(&s->core);
     aerostat_balloon_free(s);
     for (i = 0; i < AEROSTAT_BALLOON_GET_CLASS(s)->queues; i++) {
         virtio_delete_queue(s->queues[i]);
@@ -417,17 +391,15 @@ static void aerostat_balloon_instance_init(Object *obj)
 {
     AerostatBalloon *s = AEROSTAT_BALLOON(obj);
 
-    qemu_mutex_init(&s->inhibit_lock);
     qemu_mutex_init(&s->hints_lock);
-    aerostat_balloon_add_properties(obj);
+    aerostat_core_instance_init(&s->core, obj);
 }
 
 static void aerostat_balloon_instance_finalize(Object *obj)
 {
     AerostatBalloon *s = AEROSTAT_BALLOON(obj);
 
-    g_free(s->saved);
-    qemu_mutex_destroy(&s->inhibit_lock);
+    aerostat_core_instance_finalize(&s->core);
     qemu_mutex_destroy(&s->hints_lock);
 }
 
@@ -442,10 +414,7 @@ static const VMStateDescription vmstate_aerostat_balloon = {
 };
 
 static const Property aerostat_balloon_properties[] = {
-    DEFINE_PROP_SIZE("write-behind", AerostatBalloon, write_behind_bytes,
-                     32 * MiB),
-    DEFINE_PROP_UINT32("write-behind-ms", AerostatBalloon, write_behind_ms, 10),
-    DEFINE_PROP_UINT32("workers", AerostatBalloon, workers, 0),
+    DEFINE_AEROSTAT_CORE_PROPERTIES(AerostatBalloon, core),
 };
 
 static void aerostat_balloon_class_init(ObjectClass *klass, void *data)

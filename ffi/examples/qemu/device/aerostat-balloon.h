@@ -12,7 +12,7 @@
 #include "qemu/thread.h"
 #include "qom/object.h"
 
-#include <aerostat.h>
+#include "aerostat-core.h"
 
 /* What all balloons have in common, and one type for each protocol. */
 #define TYPE_AEROSTAT_BALLOON "aerostat-balloon-base"
@@ -40,8 +40,7 @@ struct AerostatBalloonClass {
 struct AerostatBalloon {
     VirtIODevice parent_obj;
 
-    struct aerostat_runtime *runtime;
-    struct aerostat_device *device;
+    AerostatCore core;
     VirtQueue *queues[AEROSTAT_BALLOON_QUEUES];
     /* Elements of each queue that the library has. */
     unsigned int outstanding[AEROSTAT_BALLOON_QUEUES];
@@ -50,44 +49,18 @@ struct AerostatBalloon {
     EventNotifier completions;
     EventNotifier config;
 
-    /* Memory: what the library was told, and what the listener collects. */
-    MemoryListener listener;
-    GArray *sections;
-    GArray *new_sections;
-
-    /* Discards are forbidden; see aerostat_balloon_update_inhibit(). */
-    QemuMutex inhibit_lock;
-    bool inhibited;
-
     /* Migration. */
-    NotifierWithReturn migration_notifier;
     NotifierWithReturn precopy_notifier;
     /* Held while hints go into the bitmap of the migration. */
     QemuMutex hints_lock;
     bool hints_running;
     bool hints_asked;
-    uint64_t hinted_bytes;
-    uint8_t *saved;
-    uint32_t saved_bytes;
-
-    /* The size that the monitor was last told of. */
-    uint64_t announced_bytes;
 
     /* Properties. */
     uint64_t features;
     uint64_t page_sizes;
-    uint64_t write_behind_bytes;
-    uint32_t write_behind_ms;
-    uint32_t workers;
     int64_t stats_interval_s;
 };
-
-/* aerostat-balloon.c */
-void aerostat_balloon_complain(AerostatBalloon *s, const char *what);
-
-/* aerostat-balloon-memory.c */
-void aerostat_balloon_memory_init(AerostatBalloon *s);
-void aerostat_balloon_memory_cleanup(AerostatBalloon *s);
 
 /* aerostat-balloon-migration.c */
 extern const VMStateDescription vmstate_aerostat_balloon_device;
@@ -95,14 +68,8 @@ void aerostat_balloon_migration_init(AerostatBalloon *s);
 void aerostat_balloon_migration_cleanup(AerostatBalloon *s);
 int aerostat_balloon_post_load(VirtIODevice *vdev);
 void aerostat_balloon_take_hints(AerostatBalloon *s);
-void aerostat_balloon_update_inhibit(AerostatBalloon *s);
 
 /* aerostat-balloon-monitor.c */
-uint64_t aerostat_balloon_ram_bytes(void);
-int aerostat_balloon_monitor_init(AerostatBalloon *s);
-void aerostat_balloon_monitor_cleanup(AerostatBalloon *s);
-void aerostat_balloon_add_properties(Object *obj);
 void aerostat_balloon_add_stats_properties(Object *obj);
-void aerostat_balloon_announce_actual(AerostatBalloon *s);
 
 #endif

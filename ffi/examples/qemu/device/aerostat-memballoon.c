@@ -21,7 +21,8 @@ enum { FROMDEVQ, TODEVQ, QUEUES };
 /* Bit 1 stands for pages of 4 KiB, each bit above it for twice as much. */
 static uint64_t memballoon_offered(AerostatBalloon *s)
 {
-    return s->page_sizes / (4 * KiB) << 1 & AEROSTAT_MEMBALLOON_FEATURE_PAGE_SIZES;
+    return (s->page_sizes / (4 * KiB) << 1 &
+            AEROSTAT_MEMBALLOON_FEATURE_PAGE_SIZES) | s->features;
 }
 
 static unsigned int memballoon_served_here(AerostatBalloon *s)
@@ -35,15 +36,18 @@ static int memballoon_validate_features(VirtIODevice *vdev)
     AerostatBalloon *s = AEROSTAT_BALLOON(vdev);
     uint64_t features = vdev->guest_features &
                         (AEROSTAT_MEMBALLOON_FEATURE_PAGE_SIZES |
-                         AEROSTAT_MEMBALLOON_FEATURE_EXTRA_MEM);
+                         AEROSTAT_MEMBALLOON_FEATURE_EXTRA_MEM |
+                         AEROSTAT_MEMBALLOON_FEATURE_NODE);
 
-    return aerostat_device_set_features(s->device, features);
+    return aerostat_device_set_features(s->core.device, features);
 }
 
 static const Property memballoon_properties[] = {
     /* The sum of the sizes that are offered; all of them. */
     DEFINE_PROP_UINT64("page-sizes", AerostatBalloon, page_sizes,
                        32 * GiB - 4 * KiB),
+    /* A target for each node of the guest. */
+    DEFINE_PROP_BIT64("node", AerostatBalloon, features, 50, false),
 };
 
 static void memballoon_class_init(ObjectClass *klass, void *data)
@@ -64,7 +68,7 @@ static void memballoon_class_init(ObjectClass *klass, void *data)
 /* A command has much to discard already: nothing is gained by waiting for more. */
 static void memballoon_instance_init(Object *obj)
 {
-    AEROSTAT_BALLOON(obj)->write_behind_bytes = 0;
+    AEROSTAT_BALLOON(obj)->core.write_behind_bytes = 0;
 }
 
 static const TypeInfo memballoon_info = {

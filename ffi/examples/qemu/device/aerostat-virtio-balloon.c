@@ -32,9 +32,9 @@ static void virtio_balloon_set_features(VirtIODevice *vdev, uint64_t features)
 {
     AerostatBalloon *s = AEROSTAT_BALLOON(vdev);
 
-    if (aerostat_device_set_features(s->device,
+    if (aerostat_device_set_features(s->core.device,
                                      features & BALLOON_FEATURES) < 0) {
-        aerostat_balloon_complain(s, "features are refused");
+        aerostat_core_complain(&s->core, "features are refused");
     }
 }
 
@@ -42,7 +42,7 @@ static void virtio_balloon_get_config(VirtIODevice *vdev, uint8_t *data)
 {
     AerostatBalloon *s = AEROSTAT_BALLOON(vdev);
 
-    aerostat_device_read_config(s->device, 0, data, AEROSTAT_CONFIG_BYTES);
+    aerostat_device_read_config(s->core.device, 0, data, AEROSTAT_CONFIG_BYTES);
 }
 
 /*
@@ -59,12 +59,12 @@ static void virtio_balloon_set_config(VirtIODevice *vdev, const uint8_t *data)
     uint8_t now[AEROSTAT_CONFIG_BYTES];
     int i;
 
-    aerostat_device_read_config(s->device, 0, now, sizeof(now));
+    aerostat_device_read_config(s->core.device, 0, now, sizeof(now));
     for (i = 0; i < ARRAY_SIZE(fields); i++) {
         if (memcmp(now + fields[i], data + fields[i], sizeof(uint32_t)) &&
-            aerostat_device_write_config(s->device, fields[i], data + fields[i],
+            aerostat_device_write_config(s->core.device, fields[i], data + fields[i],
                                          sizeof(uint32_t)) > 0) {
-            aerostat_balloon_announce_actual(s);
+            aerostat_core_announce_actual(&s->core);
         }
     }
 }
