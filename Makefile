@@ -2,6 +2,7 @@
 
 CARGO ?= cargo
 GUEST ?= auto
+PROTOCOL ?= virtio
 PREFIX ?= /usr/local
 SOAK_SECONDS ?= 1800
 ROUNDS ?= 5
@@ -12,6 +13,7 @@ all: build
 
 help:
 	@echo 'make demo    boot a real guest, inflate, deflate, show what the host got (GUEST=synthetic: no real guest)'
+	@echo '             PROTOCOL=memballoon, PROTOCOL=vmware: the other balloons'
 	@echo 'make test    everything: lints, unit tests, C programs, test VMM, real guests'
 	@echo 'make suites  the suites of the test VMM once more, with packed rings and with write-behind'
 	@echo 'make check   lints only: formatting, clippy, documentation'
@@ -79,7 +81,7 @@ sanitize: setup
 	scripts/sanitize $(or $(SANITIZER),thread) $(SANITIZE)
 
 demo: build
-	target/release/aerostat-demo --guest $(GUEST) --out target/demo
+	target/release/aerostat-demo --guest $(GUEST) --protocol $(PROTOCOL) --out target/demo
 
 bench: build
 	$(CARGO) build --release -p aerostat-vhost-user --features bench --bin aerostat-vhost-user-rival

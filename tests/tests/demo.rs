@@ -14,16 +14,10 @@ use std::{
 use aerostat_tests::guest::Prerequisites;
 
 /// Runs the demonstration with a small guest.
-fn demo(guest: &str, out: &Path) -> Output {
+fn demo(kind: &[&str], out: &Path) -> Output {
     Command::new(env!("CARGO_BIN_EXE_aerostat-demo"))
-        .args([
-            "--guest",
-            guest,
-            "--memory-mib",
-            "320",
-            "--target-mib",
-            "160",
-        ])
+        .args(kind)
+        .args(["--memory-mib", "320", "--target-mib", "160"])
         .args(["--working-set-mib", "32", "--out"])
         .arg(out)
         .output()
@@ -46,14 +40,24 @@ fn a_real_guest_passes() {
         return;
     }
     let out = tempfile::tempdir().unwrap();
-    assert_passed(&demo("uml", out.path()), out.path());
+    assert_passed(&demo(&["--guest", "uml"], out.path()), out.path());
+}
+
+/// The other protocols tell the same story.
+#[test]
+fn guests_of_other_protocols_pass() {
+    for protocol in ["memballoon", "vmware"] {
+        let out = tempfile::tempdir().unwrap();
+        let output = demo(&["--protocol", protocol], out.path());
+        assert_passed(&output, out.path());
+    }
 }
 
 /// The same with a synthetic guest, through the C ABI.
 #[test]
 fn a_synthetic_guest_passes() {
     let out = tempfile::tempdir().unwrap();
-    assert_passed(&demo("synthetic", out.path()), out.path());
+    assert_passed(&demo(&["--guest", "synthetic"], out.path()), out.path());
 }
 
 /// What cannot be done is said, with an exit status of its own.

@@ -2,7 +2,7 @@
 //!
 //! - [`options`]: the command line;
 //! - [`guest`]: what the story needs of a guest, whatever it is made of;
-//! - [`uml`], [`synthetic`]: the two kinds of guest;
+//! - [`uml`], [`synthetic`]: the two kinds of guest; [`protocols`]: guests that speak other protocols;
 //! - [`story`]: what happens, and what must hold at the end;
 //! - [`recorder`]: readings over time, taken by a thread of their own;
 //! - [`progress`], [`summary`], [`chart`]: how it is shown.
@@ -11,6 +11,7 @@ pub mod chart;
 pub mod guest;
 pub mod options;
 pub mod progress;
+pub mod protocols;
 pub mod recorder;
 pub mod story;
 pub mod summary;
@@ -29,7 +30,7 @@ use crate::{
 };
 use aerostat_reclaim::vm::VmError;
 use guest::DemoGuest;
-use options::{GuestKind, Options};
+use options::{GuestKind, Options, Protocol};
 
 /// Why the demonstration could not be carried through.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +95,9 @@ pub fn run(options: &Options) -> Result<bool, DemoError> {
 }
 
 fn start(options: &Options) -> Result<Box<dyn DemoGuest>, DemoError> {
+    if options.protocol != Protocol::Virtio {
+        return Ok(Box::new(protocols::ProtocolGuest::start(options)?));
+    }
     let kind = match options.guest {
         GuestKind::Auto => match Prerequisites::find() {
             Ok(_) => GuestKind::Uml,

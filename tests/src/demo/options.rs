@@ -18,6 +18,8 @@ Examples:
       the same with a larger guest
   aerostat-demo --guest synthetic --out /tmp/demo
       without a real guest, results in another place
+  aerostat-demo --protocol memballoon
+      another protocol, in pages of 2 MiB
 
 Exit status: 0 if at least 99 % of the request became free on the host and the guest's data
 survived, 1 if not, 2 if the demonstration could not be carried through.";
@@ -32,6 +34,9 @@ pub struct Options {
     /// The kind of guest.
     #[arg(long, value_enum, default_value_t = GuestKind::Auto)]
     pub guest: GuestKind,
+    /// The protocol of the balloon; all but the first have a synthetic guest.
+    #[arg(long, value_enum, default_value_t = Protocol::Virtio)]
+    pub protocol: Protocol,
     /// Size of the guest's memory.
     #[arg(long, default_value_t = 1024, value_name = "MIB")]
     pub memory_mib: u64,
@@ -60,6 +65,17 @@ pub enum GuestKind {
     Auto,
 }
 
+/// What guest and device speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Protocol {
+    /// The traditional balloon of virtio, device ID 5.
+    Virtio,
+    /// The memory balloon with device ID 13.
+    Memballoon,
+    /// VMware's balloon commands.
+    Vmware,
+}
+
 impl Options {
     /// Looks whether the sizes fit together.
     ///
@@ -73,6 +89,11 @@ impl Options {
         if self.target_mib == 0 || self.working_set_mib == 0 {
             return Err(DemoError::Sizes(
                 "target and working set must not be empty".to_owned(),
+            ));
+        }
+        if self.guest == GuestKind::Uml && self.protocol != Protocol::Virtio {
+            return Err(DemoError::Sizes(
+                "User-Mode Linux has no driver for other protocols: leave --guest out".to_owned(),
             ));
         }
         if needed > self.memory_mib {

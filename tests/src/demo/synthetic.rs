@@ -99,9 +99,9 @@ impl DemoGuest for SyntheticGuest {
 }
 
 /// Reads the device's counters and the memfd's blocks.
-struct SyntheticObserver {
-    device: Arc<Device>,
-    ram: Arc<GuestRam>,
+pub(super) struct SyntheticObserver {
+    pub(super) device: Arc<Device>,
+    pub(super) ram: Arc<GuestRam>,
 }
 
 impl DemoObserver for SyntheticObserver {

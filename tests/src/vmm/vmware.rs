@@ -11,6 +11,7 @@ use super::guest::Vmm;
 use super::ram::{GuestRam, RegionSpec};
 use aerostat::{AEROSTAT_KIND_VMWARE, aerostat_counters};
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// Commands, by their numbers.
 pub const START: u64 = 0;
@@ -53,13 +54,13 @@ const LINUX: u64 = 1;
 /// The machine and its driver.
 #[derive(Debug)]
 pub struct VmwareGuest {
-    device: Device,
+    device: Arc<Device>,
     ram: GuestRam,
     batch_page: u64,
     /// Unused pages of 4 KiB.
     pub allocator: PageAllocator,
     /// Unused pages of 2 MiB, by the number of their first.
-    large_free: BTreeSet<u64>,
+    pub large_free: BTreeSet<u64>,
     wanted_capabilities: u64,
     capabilities: u64,
     reset_required: bool,
@@ -93,7 +94,7 @@ impl VmwareGuest {
         // So that what the host has allocated changes by the balloon alone.
         ram.write(PAGE_BYTES, &[0; 8]);
         Ok(Self {
-            device,
+            device: Arc::new(device),
             batch_page: 1,
             allocator,
             large_free,
@@ -110,13 +111,13 @@ impl VmwareGuest {
 
     /// Its device.
     #[must_use]
-    pub fn device(&self) -> &Device {
+    pub fn device(&self) -> &Arc<Device> {
         &self.device
     }
 
     /// Goes on with another device.
     pub fn plug(&mut self, device: Device) {
-        self.device = device;
+        self.device = Arc::new(device);
     }
 
     /// Its memory.
