@@ -13,12 +13,12 @@ use std::{
     collections::BTreeMap,
     error::Error,
     fs,
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
 use aerostat_tests::qemu::{Backing, Balloon, Machine, MachineConfig, MachinePrerequisites};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use serde_json::json;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -29,6 +29,9 @@ struct Options {
     /// Machines of each kind, for each backing.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// What is behind the guests' memory; all of them if none is named.
+    #[arg(long, value_enum)]
+    backing: Vec<Memory>,
     /// Memory of a guest.
     #[arg(long, default_value_t = 1536)]
     memory_mib: u64,
@@ -46,8 +49,25 @@ struct Options {
     bench: bool,
 }
 
-/// How often the balloon's size is looked at. QEMU tells of it once a second only.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// What is behind a guest's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Memory {
+    Anonymous,
+    Memfd,
+}
+
+impl Memory {
+    fn backing(self) -> Backing {
+        match self {
+            Self::Anonymous => Backing::Anonymous,
+            Self::Memfd => Backing::Memfd,
+        }
+    }
+}
+
+/// How often the balloon's size is looked at, which costs the main loop some microseconds each time. QEMU
+/// tells of it by itself once a second only.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// A whole inflation may take this long.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -59,7 +79,7 @@ const LOOP_TURNS: u32 = 60_000;
 type Figures = BTreeMap<&'static str, f64>;
 
 /// The rows of the table.
-const ROWS: [(&str, &str); 9] = [
+const ROWS: [(&str, &str); 10] = [
     (
         "inflate wait",
         "inflate: wall time less the guest's own, s/GiB",
@@ -74,6 +94,7 @@ const ROWS: [(&str, &str); 9] = [
     ("deflate cpu", "deflate: CPU of QEMU's other threads, s/GiB"),
     ("loop alone", "a loop in the guest alone, s"),
     ("loop inflating", "the same while inflating, s"),
+    ("slow-down", "how much longer it takes then"),
     ("memory left", "host memory not freed, share of the target"),
 ];
 
@@ -89,7 +110,11 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let mut all = Vec::new();
-    for backing in [Backing::Anonymous, Backing::Memfd] {
+    let chosen = match options.backing.as_slice() {
+        [] => Memory::value_variants(),
+        chosen => chosen,
+    };
+    for backing in chosen.iter().map(|memory| memory.backing()) {
         let mut runs: BTreeMap<&str, Vec<Figures>> = BTreeMap::new();
         for round in 1..=options.rounds {
             for (name, balloon) in [("virtio", Balloon::Virtio), ("aerostat", Balloon::Aerostat)] {
@@ -143,11 +168,14 @@ fn run(
         format!("taskset 2 sh -c 'i=0; while [ $i -lt {LOOP_TURNS} ]; do i=$((i+1)); done'");
     let begin = Instant::now();
     machine.run_within(&turns, PATIENCE)?;
-    figures.insert("loop alone", begin.elapsed().as_secs_f64());
+    let alone = begin.elapsed().as_secs_f64();
+    figures.insert("loop alone", alone);
     machine.set_target_mib(options.target_mib)?;
     let begin = Instant::now();
     machine.run_within(&turns, PATIENCE)?;
-    figures.insert("loop inflating", begin.elapsed().as_secs_f64());
+    let inflating = begin.elapsed().as_secs_f64();
+    figures.insert("loop inflating", inflating);
+    figures.insert("slow-down", inflating / alone);
     Ok(figures)
 }
 
@@ -239,7 +267,7 @@ fn write_results(options: &Options, all: &[(Backing, BTreeMap<&str, Vec<Figures>
     fs::write(&file, serde_json::to_string_pretty(&text)?)?;
     let chart = options.out.join("vmm.svg");
     fs::write(&chart, chart::draw(&bars(all)))?;
-    println!("\n{} and {}", file.display(), chart_name(&chart));
+    println!("\n{} and {}", file.display(), chart.display());
     Ok(())
 }
 
@@ -263,17 +291,13 @@ fn write_memballoon(options: &Options, all: &[(&str, memballoon::Samples)]) -> R
     Ok(())
 }
 
-fn chart_name(chart: &Path) -> String {
-    chart.display().to_string()
-}
-
 /// What this library's device takes of what QEMU's own does.
 fn bars(all: &[(Backing, BTreeMap<&str, Vec<Figures>>)]) -> Vec<chart::Bar> {
     let mut bars = Vec::new();
     for (backing, runs) in all {
         for (name, title) in ROWS
             .iter()
-            .filter(|(name, _)| !name.contains("loop") && *name != "memory left")
+            .filter(|(name, _)| !name.starts_with("loop") && *name != "memory left")
         {
             let theirs = median(&mut of(&runs["virtio"], name));
             let ours = median(&mut of(&runs["aerostat"], name));
