@@ -14,7 +14,7 @@ use crate::discard::plan::Piece;
 use crate::discard::restore::restore;
 use crate::discard::window::Window;
 use crate::discard::{DeflateOptions, Discarder};
-use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, PfnRange, Region};
+use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, GuestNode, NodeId, PfnRange, Region};
 use crate::metrics::{Books, Counters, Entry, Flow};
 use crate::pages::frames::Frames;
 use crate::pages::ownership::{Bitmap, Ownership};
@@ -110,6 +110,26 @@ impl Balloon {
     /// How many bytes are in the balloon, without those that began there.
     pub(crate) fn ballooned_bytes(&self) -> u64 {
         bytes(self.ballooned_pages.saturating_sub(self.extra_pages))
+    }
+
+    /// What is in the balloon of one node of the guest, without what began there, and the node's memory.
+    pub(crate) fn ballooned_on(&mut self, node: GuestNode) -> (u64, u64) {
+        let (mut pages, mut memory) = (0, 0);
+        for (index, region) in self.memory.regions().iter().enumerate() {
+            if region.guest_node != node {
+                continue;
+            }
+            memory += region.len_bytes;
+            let bitmap = self.ownership.region(index);
+            let held = bitmap.map_or(0, |bitmap| bitmap.count(region.pfns()));
+            let began = if region.extra {
+                region.pfns().pages()
+            } else {
+                0
+            };
+            pages += held.saturating_sub(began);
+        }
+        (bytes(pages), memory)
     }
 
     /// What is in the balloon, run by run.

@@ -7,6 +7,9 @@
 
 mod extras;
 mod host_reset;
+mod nodes;
+
+pub use nodes::NodeBalloon;
 
 use crate::accounting::Accountant;
 use crate::balloon::{Balloon, bump};
@@ -14,13 +17,14 @@ use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
 use crate::event::{EventFd, Sharer};
 use crate::history::{History, HistoryEntry, HistoryEvent};
-use crate::memory::{BALLOON_PAGE_SHIFT, Gpa, GuestMemory, NodeId};
+use crate::memory::{Gpa, GuestMemory, NodeId};
 use crate::metrics::Counters;
 use crate::protocol::DeviceKind;
 use crate::protocol::contract::Protocol;
 use crate::ring::source::{Completion, Element};
 use crate::runtime::{KickRegistration, Runtime, Servable};
 use crate::service::{Service, Shared};
+use crate::target::Target;
 use std::any::Any;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
@@ -423,8 +427,8 @@ impl Device {
         written.actual_changed
     }
 
-    /// Sets how many bytes the balloon should hold (rounded down to 4 KiB) and lets the guest hear of it,
-    /// also when the target is unchanged (S11). Returns the target as set.
+    /// Sets how many bytes the balloon should hold (rounded down to 4 KiB), of which nodes is for the guest
+    /// to choose, and lets the guest hear of it, also when the target is unchanged (S11). Returns the target as set.
     ///
     /// # Errors
     /// Refuses more than the guest's memory, or than the protocol can say.
@@ -437,13 +441,17 @@ impl Device {
                 expected: "at most the guest's memory",
             });
         }
-        let target = bytes >> BALLOON_PAGE_SHIFT << BALLOON_PAGE_SHIFT;
-        self.shared.protocol.check_target(target)?;
-        self.shared.wanted_bytes.store(target, Ordering::Release);
+        self.set_target(Target::whole(bytes))
+    }
+
+    fn set_target(&self, target: Target) -> Result<u64> {
+        let bytes = target.bytes();
+        self.shared.protocol.check_target(bytes)?;
+        *self.shared.wanted.lock() = target;
         self.shared.show_target();
         self.shared.record(HistoryEvent::TargetSet);
         self.shared.announce_target();
-        Ok(target)
+        Ok(bytes)
     }
 
     /// How many bytes the balloon should hold.

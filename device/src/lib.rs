@@ -34,15 +34,18 @@ mod saved_state;
 mod saving;
 mod service;
 mod sync;
+mod target;
 pub mod trace;
 
 pub use accounting::Accountant;
-pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
+pub use device::{
+    Device, DeviceConfig, DeviceState, NodeBalloon, QueueConfig, QueuePosition, RingConfig,
+};
 pub use discard::{DeflateOptions, WriteBehind};
 pub use error::{Error, Result};
 pub use event::{Sharer, signal_shared};
 pub use history::{History, HistoryEntry, HistoryEvent};
-pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
+pub use memory::{Gpa, GuestMemory, GuestNode, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};
 pub use protocol::{DeviceKind, HintState, VmwareAnswer};
 #[cfg(feature = "bench")]
@@ -50,3 +53,4 @@ pub use protocol::{DeviceKind, HintState, VmwareAnswer};
 pub use ring::bench::BenchRing;
 pub use ring::source::{Completion, Element};
 pub use runtime::{Runtime, RuntimeConfig};
+pub use target::MAX_TARGET_NODES;

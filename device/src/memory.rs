@@ -40,6 +40,11 @@ impl Pfn {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(pub u32);
 
+/// A NUMA node of the guest, as its platform numbers it (the proximity domain of ACPI, the
+/// `numa-node-id` of a device tree).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GuestNode(pub u32);
+
 /// A run of guest pages: `start` and the `end` behind its last page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PfnRange {
@@ -111,6 +116,8 @@ pub struct Region {
     pub extra: bool,
     /// The host node that backs it, where the VMM knows.
     pub node: Option<NodeId>,
+    /// The node of the guest that it is on; a guest that has no nodes has all its memory on node 0.
+    pub guest_node: GuestNode,
 }
 
 impl Region {
@@ -389,6 +396,7 @@ pub(crate) mod tests {
             shared: false,
             readonly: false,
             extra: false,
+            guest_node: GuestNode(0),
             pinned: false,
             node: None,
         }

@@ -9,12 +9,15 @@ use crate::device::{DeviceState, QueuePosition};
 use crate::error::{Error, Result};
 use crate::memory::{BALLOON_PAGE_SHIFT, Pfn, PfnRange};
 use crate::protocol::DeviceKind;
+use crate::target::{MAX_TARGET_NODES, Target};
 
 /// The first eight bytes.
 const MAGIC: [u8; 8] = *b"AEROSTAT";
-/// The version that is written. The first one had the traditional balloon's fields and queues in fixed
-/// places; it is still read.
+/// The version that is written where the target is one for the whole balloon.
 const VERSION: u32 = 2;
+/// The version that is written where there is a target for each node.
+const NODES_VERSION: u32 = 3;
+/// Had the traditional balloon's fields and queues in fixed places; is still read.
 const FIRST_VERSION: u32 = 1;
 /// What every state has before its queues, the protocol's own part, and the runs.
 const HEADER_BYTES: usize = 64;
@@ -53,7 +56,7 @@ pub(crate) struct SavedState {
     pub(crate) negotiated: Option<u64>,
     pub(crate) kind: DeviceKind,
     /// The target as it was set, which may be more than the guest's memory can give.
-    pub(crate) wanted_bytes: u64,
+    pub(crate) wanted: Target,
     pub(crate) queues: Vec<Option<SavedQueue>>,
     /// What the protocol alone understands.
     pub(crate) own: Vec<u8>,
@@ -68,7 +71,13 @@ fn bad(what: &'static str, offset: usize) -> Error {
 pub(crate) fn encode(state: &SavedState, runs: impl FnOnce(&mut dyn FnMut(PfnRange))) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(4096);
     bytes.extend(MAGIC);
-    bytes.extend(VERSION.to_le_bytes());
+    let nodes = state.wanted.nodes();
+    let version = if nodes.is_empty() {
+        VERSION
+    } else {
+        NODES_VERSION
+    };
+    bytes.extend(version.to_le_bytes());
     bytes.extend((state.state as u32).to_le_bytes());
     bytes.extend(0u64.to_le_bytes());
     bytes.extend(state.offered.to_le_bytes());
@@ -76,7 +85,7 @@ pub(crate) fn encode(state: &SavedState, runs: impl FnOnce(&mut dyn FnMut(PfnRan
     let flags = state.negotiated.map_or(0, |_| FLAG_NEGOTIATED);
     bytes.extend(flags.to_le_bytes());
     bytes.extend((state.kind as u32).to_le_bytes());
-    bytes.extend(state.wanted_bytes.to_le_bytes());
+    bytes.extend(state.wanted.bytes().to_le_bytes());
     // Both are far below 4 Gi: of a protocol's own making.
     for count in [state.queues.len(), state.own.len()] {
         bytes.extend(u32::try_from(count).unwrap_or(u32::MAX).to_le_bytes());
@@ -92,6 +101,11 @@ pub(crate) fn encode(state: &SavedState, runs: impl FnOnce(&mut dyn FnMut(PfnRan
         bytes.extend(entry.iter().flat_map(|half| half.to_le_bytes()));
     }
     bytes.extend(&state.own);
+    if !nodes.is_empty() {
+        let count = u32::try_from(nodes.len()).unwrap_or(u32::MAX);
+        bytes.extend(count.to_le_bytes());
+        bytes.extend(nodes.iter().flat_map(|node| node.to_le_bytes()));
+    }
     // Runs of neighbouring regions may touch; here each is as long as it can be.
     let mut last = Pfn(0);
     let mut current: Option<PfnRange> = None;
@@ -129,10 +143,10 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(SavedState, Runs<'_>)> {
         at: MAGIC.len(),
     };
     let version = fields.u32()?;
-    if version != VERSION && version != FIRST_VERSION {
+    if !(FIRST_VERSION..=NODES_VERSION).contains(&version) {
         return Err(Error::SavedVersion {
             found: version,
-            known: VERSION,
+            known: NODES_VERSION,
         });
     }
     let state = fields.u32()?;
@@ -173,14 +187,14 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(SavedState, Runs<'_>)> {
     let body = if version == FIRST_VERSION {
         first_body(&mut fields, selected)?
     } else {
-        body(&mut fields, selected)?
+        body(&mut fields, version, selected)?
     };
     let saved = SavedState {
         state,
         offered,
         negotiated: selected.then_some(negotiated),
         kind: body.kind,
-        wanted_bytes: body.wanted_bytes,
+        wanted: body.wanted,
         queues: body.queues,
         own: body.own,
     };
@@ -196,13 +210,13 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(SavedState, Runs<'_>)> {
 /// What versions put into different places.
 struct Body {
     kind: DeviceKind,
-    wanted_bytes: u64,
+    wanted: Target,
     queues: Vec<Option<SavedQueue>>,
     own: Vec<u8>,
 }
 
-/// What follows the flags in the newest version.
-fn body(fields: &mut Fields<'_>, selected: bool) -> Result<Body> {
+/// What follows the flags in all versions but the first.
+fn body(fields: &mut Fields<'_>, version: u32, selected: bool) -> Result<Body> {
     let at = fields.at;
     let kind = DeviceKind::from_number(fields.u32()?);
     let kind = kind.ok_or_else(|| bad("an unknown protocol", at))?;
@@ -217,12 +231,31 @@ fn body(fields: &mut Fields<'_>, selected: bool) -> Result<Body> {
             fields.at - 4,
         ));
     }
+    let queues = queues(fields, u32::from(kind.queues()), selected)?;
+    let own = fields.bytes(own_bytes)?.to_vec();
+    let wanted = if version == NODES_VERSION {
+        node_targets(fields, wanted_bytes)?
+    } else {
+        Target::whole(wanted_bytes)
+    };
     Ok(Body {
         kind,
-        wanted_bytes,
-        queues: queues(fields, u32::from(kind.queues()), selected)?,
-        own: fields.bytes(own_bytes)?.to_vec(),
+        wanted,
+        queues,
+        own,
     })
+}
+
+/// A target for each node, whose sum is `bytes`.
+fn node_targets(fields: &mut Fields<'_>, bytes: u64) -> Result<Target> {
+    let at = fields.at;
+    let count = usize::try_from(fields.u32()?).unwrap_or(usize::MAX);
+    let nodes = (0..count.min(MAX_TARGET_NODES + 1)).map(|_| fields.u64());
+    let nodes = nodes.collect::<Result<Vec<_>>>()?;
+    let target = Target::by_node(&nodes).ok();
+    target
+        .filter(|target| target.bytes() == bytes && target.nodes() == nodes)
+        .ok_or_else(|| bad("targets of nodes that are not the balloon's", at))
 }
 
 /// The same in the first version, which knew the traditional balloon only.
@@ -234,7 +267,7 @@ fn first_body(fields: &mut Fields<'_>, selected: bool) -> Result<Body> {
     }
     Ok(Body {
         kind: DeviceKind::VirtioBalloon,
-        wanted_bytes: u64::from(target_pages) << BALLOON_PAGE_SHIFT,
+        wanted: Target::whole(u64::from(target_pages) << BALLOON_PAGE_SHIFT),
         queues: queues(fields, FIRST_QUEUES, selected)?,
         own,
     })

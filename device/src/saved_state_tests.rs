@@ -11,7 +11,7 @@ fn state() -> SavedState {
         offered: 0x1_3000_003f,
         negotiated: Some(0x1_0000_0003),
         kind: DeviceKind::VirtioBalloon,
-        wanted_bytes: 1000 << 12,
+        wanted: Target::whole(1000 << 12),
         own: vec![0xa0; 20],
         queues: vec![
             Some(SavedQueue::Ring { position }),
@@ -77,6 +77,26 @@ fn the_layout_is_the_documented_one() {
     assert_eq!(bytes[104..124], [0xa0; 20]);
     assert_eq!(bytes[124..131], [0x80, 2, 0x80, 1, 0x80, 1, 1]);
     assert_eq!(bytes.len(), 135);
+}
+
+/// The only difference is behind the own part, and what is there has to make sense.
+#[test]
+fn targets_of_nodes_follow_the_protocols_own_part() {
+    let wanted = Target::by_node(&[600 << 12, 400 << 12]).unwrap();
+    let state = SavedState { wanted, ..state() };
+    let bytes = encoded(&state, &[range(0x100, 0x180)]);
+    assert_eq!(&bytes[..12], b"AEROSTAT\x03\0\0\0");
+    assert_eq!(bytes[48..56], (1000u64 << 12).to_le_bytes());
+    assert_eq!(bytes[124..128], [2, 0, 0, 0]);
+    assert_eq!(bytes[128..136], (600u64 << 12).to_le_bytes());
+    assert_eq!(bytes[144..147], [0x80, 2, 0x80]);
+    for (at, value) in [(124, 0), (124, 1), (124, 17), (128, 1), (137, 1)] {
+        let mut bytes = bytes.clone();
+        bytes.truncate(bytes.len() - CHECKSUM_BYTES);
+        bytes[at] = value;
+        seal(&mut bytes);
+        assert!(decoded(&bytes).is_err(), "byte {at} = {value}");
+    }
 }
 
 /// What the library wrote before other protocols came.
@@ -184,10 +204,10 @@ fn what_a_sealed_state_may_not_say_is_refused() {
         assert!(decoded(&bytes).is_err(), "byte {at} = {value}");
     }
     let mut bytes = encoded(&state(), &[]);
-    bytes[8] = 3;
+    bytes[8] = 4;
     assert!(matches!(
         decoded(&bytes),
-        Err(Error::SavedVersion { found: 3, known: 2 })
+        Err(Error::SavedVersion { found: 4, known: 3 })
     ));
 }
 
@@ -195,7 +215,8 @@ proptest! {
     #[test]
     fn what_is_written_is_read(
         gaps in prop::collection::vec((1u64..1 << 20, 1u64..1 << 20), 0..50),
-        words in any::<(u64, u64)>(),
+        features in any::<u64>(),
+        nodes in prop::collection::vec(0u64..1 << 50, 0..=MAX_TARGET_NODES),
         own in prop::collection::vec(any::<u8>(), 0..100),
         kinds in any::<[Option<Option<(u16, u16)>>; 5]>(),
         stands in 0u32..4,
@@ -212,14 +233,13 @@ proptest! {
                 position: QueuePosition { next_avail, next_used },
             },
         }));
-        let (features, wanted_bytes) = words;
         let state = SavedState {
             state: [DeviceState::Configuring, DeviceState::Active, DeviceState::Paused, DeviceState::NeedsReset]
                 [stands as usize],
             offered: u64::MAX,
             negotiated: Some(features),
             kind: DeviceKind::VirtioBalloon,
-            wanted_bytes,
+            wanted: Target::by_node(&nodes).unwrap_or(Target::whole(features)),
             queues: queues.to_vec(),
             own,
         };

@@ -11,7 +11,6 @@ use crate::history::HistoryEvent;
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory};
 use crate::pages::ownership::Ownership;
 use crate::saved_state::{self, Runs, SavedQueue, SavedState};
-use std::sync::atomic::Ordering;
 
 impl Device {
     /// The device as bytes, for [`Self::restore`] by another process or host. Allowed in every state; of
@@ -35,7 +34,7 @@ impl Device {
             offered: shared.protocol.offered(),
             negotiated: service.features,
             kind: shared.protocol.kind(),
-            wanted_bytes: shared.wanted_bytes.load(Ordering::Acquire),
+            wanted: shared.wanted.lock().clone(),
             queues: service.queues.saved(held),
             own: shared.protocol.save(),
         };
@@ -79,7 +78,7 @@ impl Device {
         if let Some(selected) = saved.negotiated {
             protocol.check_features(selected)?;
         }
-        protocol.check_target(saved.wanted_bytes)?;
+        protocol.check_target(saved.wanted.bytes())?;
         let ownership = own(balloon.memory(), runs)?;
 
         // From here on nothing can fail.
@@ -95,8 +94,7 @@ impl Device {
         }
         protocol.restore(&saved.own, &shared.books);
         shared.show(&service);
-        let wanted = saved.wanted_bytes;
-        shared.wanted_bytes.store(wanted, Ordering::Release);
+        *shared.wanted.lock() = saved.wanted;
         shared.show_target();
         shared.record(HistoryEvent::Restored);
         drop(service);

@@ -22,6 +22,7 @@ use crate::ring::{Ring, RingFeatures};
 use crate::runtime::{Patience, Pool, Runtime, Scratch, Servable, Timer};
 use crate::sync::Mutex;
 use crate::sync::channel::{Receiver, Sender, unbounded};
+use crate::target::{self, NodeBytes, Target};
 use crate::trace::Tape;
 use linger::Attention;
 use lock::ServiceLock;
@@ -88,8 +89,10 @@ pub(crate) struct Shared {
     state: AtomicU8,
     pub(crate) features: AtomicU64,
     pub(crate) memory_bytes: AtomicU64,
+    /// How much of that is on each node of the guest.
+    memory_on_nodes: Mutex<NodeBytes>,
     /// The target as it was set, which may be more than the guest's memory turns out to be.
-    pub(crate) wanted_bytes: AtomicU64,
+    pub(crate) wanted: Mutex<Target>,
     /// As much of it as the guest's memory can give.
     pub(crate) target_bytes: AtomicU64,
     pub(crate) ballooned_bytes: AtomicU64,
@@ -201,7 +204,8 @@ impl Shared {
             state: AtomicU8::new(DeviceState::Configuring as u8),
             features: AtomicU64::new(0),
             memory_bytes: AtomicU64::new(0),
-            wanted_bytes: AtomicU64::new(0),
+            memory_on_nodes: Mutex::new(NodeBytes::default()),
+            wanted: Mutex::new(Target::default()),
             target_bytes: AtomicU64::new(0),
             ballooned_bytes: AtomicU64::new(0),
             extra_bytes: AtomicU64::new(0),
@@ -219,13 +223,28 @@ impl Shared {
 
     /// Shows the driver the target, as far as its memory goes.
     pub(crate) fn show_target(&self) {
-        let memory = match self.memory_bytes.load(Ordering::Acquire) {
-            0 => u64::MAX,
-            memory => memory,
-        };
-        let bytes = self.wanted_bytes.load(Ordering::Acquire).min(memory);
-        self.target_bytes.store(bytes, Ordering::Release);
-        self.protocol.show_target(bytes);
+        // Under its lock, so that the last target that was set is the one that is shown.
+        let wanted = self.wanted.lock();
+        let target = self.within_memory(&wanted);
+        self.target_bytes.store(target.bytes(), Ordering::Release);
+        self.protocol.show_target(&target);
+    }
+
+    /// The target that the driver is shown.
+    pub(crate) fn shown_target(&self) -> Target {
+        self.within_memory(&self.wanted.lock())
+    }
+
+    fn within_memory(&self, wanted: &Target) -> Target {
+        match self.memory_bytes.load(Ordering::Acquire) {
+            0 => wanted.clone(),
+            memory => wanted.within(memory, &self.memory_on_nodes()),
+        }
+    }
+
+    /// The guest's memory on each of its nodes.
+    pub(crate) fn memory_on_nodes(&self) -> NodeBytes {
+        *self.memory_on_nodes.lock()
     }
 
     /// How many bytes the driver says the balloon holds, or else how many it holds.
@@ -260,6 +279,9 @@ impl Shared {
         let balloon = service.balloon.as_ref();
         let memory = balloon.map_or(0, |balloon| balloon.memory().total_bytes());
         self.memory_bytes.store(memory, Ordering::Release);
+        *self.memory_on_nodes.lock() = balloon
+            .map(|balloon| target::node_bytes(balloon.memory()))
+            .unwrap_or_default();
         let ballooned = balloon.map_or(0, Balloon::ballooned_bytes);
         self.ballooned_bytes.store(ballooned, Ordering::Release);
         let extra = balloon.map_or(0, Balloon::extra_bytes);

@@ -199,6 +199,7 @@ static void no_device(void)
     struct aerostat_queue_config queue = AEROSTAT_QUEUE_CONFIG_INIT;
     struct aerostat_queue_position position = AEROSTAT_QUEUE_POSITION_INIT;
     struct aerostat_balloon balloon = AEROSTAT_BALLOON_INIT;
+    struct aerostat_node_balloon node = AEROSTAT_NODE_BALLOON_INIT;
     struct aerostat_guest_stats stats = AEROSTAT_GUEST_STATS_INIT;
     struct aerostat_counters counters = AEROSTAT_COUNTERS_INIT;
     struct aerostat_element element;
@@ -226,6 +227,8 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_read_config(NULL, 0, &features, 8));
     REFUSED(EFAULT, aerostat_device_write_config(NULL, 0, &features, 8));
     REFUSED(EFAULT, aerostat_device_set_target(NULL, 0));
+    REFUSED(EFAULT, aerostat_device_set_node_targets(NULL, &features, 1));
+    REFUSED(EFAULT, aerostat_device_query_node(NULL, 0, &node));
     REFUSED(EFAULT, aerostat_device_set_extra_grant(NULL, 0));
     REFUSED(EFAULT, aerostat_vmware_command(NULL, 0, 0, 0, &status, &features));
     REFUSED(EFAULT, aerostat_device_query(NULL, &balloon));
@@ -253,6 +256,7 @@ static void no_device(void)
 static void bad_outputs(struct aerostat_device *device, struct aerostat_runtime *runtime)
 {
     struct aerostat_balloon balloon = AEROSTAT_BALLOON_INIT;
+    struct aerostat_node_balloon node = AEROSTAT_NODE_BALLOON_INIT;
     struct aerostat_guest_stats stats;
     struct aerostat_counters counters;
     uint64_t word = 0;
@@ -264,6 +268,9 @@ static void bad_outputs(struct aerostat_device *device, struct aerostat_runtime 
     REFUSED(EFAULT, aerostat_device_query(device, NULL));
     balloon.size = 8;
     REFUSED(EMSGSIZE, aerostat_device_query(device, &balloon));
+    REFUSED(EFAULT, aerostat_device_query_node(device, 0, NULL));
+    node.size = 8;
+    REFUSED(EMSGSIZE, aerostat_device_query_node(device, 0, &node));
     REFUSED(EFAULT, aerostat_device_guest_stats(device, 0, NULL));
     REFUSED(EMSGSIZE, aerostat_device_guest_stats(device, 0, &stats));
     REFUSED(EFAULT, aerostat_device_counters(device, NULL));
@@ -469,6 +476,9 @@ static void wrong_order(struct aerostat_runtime *runtime, struct guest *guest, i
     REFUSED(EPROTO, aerostat_device_resume(device));
     REFUSED(EPROTO, aerostat_device_uninhibit(device));
     REFUSED(ENOTSUP, aerostat_device_set_extra_grant(device, 0));
+    REFUSED(EFAULT, aerostat_device_set_node_targets(device, NULL, 1));
+    REFUSED(EINVAL, aerostat_device_set_node_targets(device, &offered, 17));
+    REFUSED(ENOTSUP, aerostat_device_set_node_targets(device, &offered, 1));
     REFUSED(ENOTSUP, aerostat_vmware_command(device, 0, 0, 0, &status, &offered));
     REFUSED(EINVAL, aerostat_device_set_target(device, UINT64_MAX));
     REFUSED(ENOTCONN, aerostat_device_start_queue(device, 0, &element_queue));

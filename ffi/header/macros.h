@@ -12,7 +12,7 @@
 /** Initializes a struct aerostat_memory_region: anonymous private memory without an address. */
 #define AEROSTAT_MEMORY_REGION_INIT                                                                \
     {                                                                                              \
-        sizeof(struct aerostat_memory_region), 0, 0, 0, NULL, -1, -1, 0, 0                         \
+        sizeof(struct aerostat_memory_region), 0, 0, 0, NULL, -1, -1, 0, 0, 0, 0                   \
     }
 
 /** Initializes a struct aerostat_device_config: recommended features, no eventfds. */
@@ -37,6 +37,12 @@
 #define AEROSTAT_BALLOON_INIT                                                                      \
     {                                                                                              \
         sizeof(struct aerostat_balloon), 0, 0, 0, 0, 0, 0, 0, { 0 }                                \
+    }
+
+/** Initializes a struct aerostat_node_balloon that is to be filled. */
+#define AEROSTAT_NODE_BALLOON_INIT                                                                 \
+    {                                                                                              \
+        sizeof(struct aerostat_node_balloon), 0, 0, 0, 0, { 0 }                                    \
     }
 
 /** Initializes a struct aerostat_guest_stats that is to be filled. */

@@ -3,6 +3,7 @@
 
 use crate::boundary::Refusal;
 use crate::device::{aerostat_device, on_device};
+use crate::features::AEROSTAT_FEATURE_HOST_RESET;
 use crate::handle;
 use ::aerostat_device::DeviceKind;
 use std::ffi::{c_int, c_void};
@@ -15,11 +16,17 @@ pub const AEROSTAT_CONFIG_BYTES: u32 = 16;
 /// reset_id and reset_ack follow, each 32 bits, little-endian.
 pub const AEROSTAT_CONFIG_BYTES_HOST_RESET: u32 = 24;
 
+/// The length of the configuration space of a device that offers AEROSTAT_FEATURE_NODE_TARGETS: nodes and
+/// 16 numbers of pages follow, each 32 bits, little-endian.
+pub const AEROSTAT_CONFIG_BYTES_NODE_TARGETS: u32 = 92;
+
 /// The longest that it can be.
-const SPACE: usize = AEROSTAT_CONFIG_BYTES_HOST_RESET as usize;
+const SPACE: usize = AEROSTAT_CONFIG_BYTES_NODE_TARGETS as usize;
 const _: () = {
     let kind = DeviceKind::VirtioBalloon;
     assert!(AEROSTAT_CONFIG_BYTES as usize == kind.config_bytes(kind.default_features()));
+    let host_reset = kind.config_bytes(AEROSTAT_FEATURE_HOST_RESET);
+    assert!(AEROSTAT_CONFIG_BYTES_HOST_RESET as usize == host_reset);
     assert!(SPACE == kind.config_bytes(kind.supported_features()));
 };
 

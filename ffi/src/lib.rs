@@ -48,6 +48,8 @@ mod element;
 
 mod target;
 
+mod node;
+
 mod write_behind;
 
 mod deflate;
@@ -78,6 +80,7 @@ pub use history::*;
 pub use last_error::aerostat_last_error;
 pub use log_sink::*;
 pub use memory::*;
+pub use node::*;
 pub use queue::*;
 pub use runtime::*;
 pub use saving::*;

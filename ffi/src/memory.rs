@@ -6,7 +6,7 @@ use crate::fd;
 use crate::handle::{self, Handle, Slot};
 use crate::versioned::{self, Versioned};
 use ::aerostat_device::discard::probe::transparent_frame_bytes;
-use ::aerostat_device::memory::{Gpa, MAX_REGIONS, NodeId};
+use ::aerostat_device::memory::{Gpa, GuestNode, MAX_REGIONS, NodeId};
 use ::aerostat_device::{GuestMemory, Region};
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
@@ -82,6 +82,12 @@ pub struct aerostat_memory_region {
     /// hugetlbfs if fd is on it, else for the host's base page size; anonymous MAP_HUGETLB memory
     /// has to tell. Transparent huge pages do not count: see AEROSTAT_REGION_TRANSPARENT_HUGE.
     pub page_size_bytes: u64,
+    /// The node of the guest that the region is on, as the guest's platform numbers it (the proximity
+    /// domain of ACPI, the numa-node-id of a device tree); 0 for a guest without nodes. For
+    /// aerostat_device_set_node_targets() and aerostat_device_query_node().
+    pub guest_node: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: integers and a raw pointer only, the size first.
@@ -90,7 +96,7 @@ unsafe impl Versioned for aerostat_memory_region {
     const FIRST_BYTES: usize = 56;
 }
 
-const _: () = assert!(size_of::<aerostat_memory_region>() == 56, "a 64-bit layout");
+const _: () = assert!(size_of::<aerostat_memory_region>() == 64, "a 64-bit layout");
 
 /// Makes a table of n_regions memory regions, in any order.
 ///
@@ -196,6 +202,7 @@ fn region(from: &aerostat_memory_region) -> Outcome<Region> {
         pinned: from.flags & AEROSTAT_REGION_PINNED != 0,
         extra: from.flags & AEROSTAT_REGION_EXTRA != 0,
         node: node(from.node)?,
+        guest_node: GuestNode(from.guest_node),
     })
 }
 

@@ -258,6 +258,7 @@ fn usable_part(region: MemRegion, hva: u64, page: u64) -> Result<Option<Region>,
         shared: true,
         readonly: false,
         extra: false,
+        guest_node: aerostat_device::GuestNode(0),
         pinned,
         node: None,
     }))

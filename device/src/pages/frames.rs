@@ -98,6 +98,7 @@ mod tests {
             shared: false,
             readonly: false,
             extra: false,
+            guest_node: crate::memory::GuestNode(0),
             pinned: false,
             node: None,
         }

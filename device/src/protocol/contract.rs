@@ -12,6 +12,7 @@ use crate::metrics::Books;
 use crate::ring::RingError;
 use crate::runtime::Scratch;
 use crate::service::queues::Queues;
+use crate::target::Target;
 use crate::trace::Tape;
 use std::any::Any;
 use std::fmt::Debug;
@@ -123,8 +124,13 @@ pub(crate) trait Protocol: Any + Debug + Send + Sync {
     /// Refuses a target that the protocol cannot say. Without the lock.
     fn check_target(&self, bytes: u64) -> Result<()>;
 
+    /// Whether the driver can be told of a target for each node of the guest, if it selects that (X2).
+    fn has_node_targets(&self) -> bool {
+        false
+    }
+
     /// The target is now this. Without the lock; never waits.
-    fn show_target(&self, bytes: u64);
+    fn show_target(&self, target: &Target);
 
     /// The guest is to be told of the target, be it the same one again (S11): how it hears of it. Without
     /// the lock; never waits.

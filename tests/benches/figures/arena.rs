@@ -241,6 +241,7 @@ fn memory_of(ram: &Arc<GuestRam>, kind: Kind) -> Result<Arc<GuestMemory>> {
             shared: entry.flags & aerostat::AEROSTAT_REGION_SHARED != 0,
             readonly: false,
             extra: false,
+            guest_node: aerostat_device::GuestNode(0),
             pinned: false,
             node: None,
         })

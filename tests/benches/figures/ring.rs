@@ -113,6 +113,7 @@ impl Rig {
             shared: false,
             readonly: false,
             extra: false,
+            guest_node: aerostat_device::GuestNode(0),
             pinned: false,
             node: None,
         };

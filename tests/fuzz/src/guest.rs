@@ -366,6 +366,7 @@ fn map(spec: &Spec, at: usize) -> Region {
         shared,
         readonly: spec.kind == Kind::Rom,
         extra: false,
+        guest_node: aerostat_device::GuestNode(0),
         pinned: spec.kind == Kind::Pinned,
         node: None,
     }

@@ -319,6 +319,12 @@ impl Driver {
     /// The device does not answer.
     pub fn step(&mut self) -> Result<(usize, bool)> {
         self.follow_host_reset()?;
+        let nodes = self.node_targets()?;
+        if !nodes.is_empty() {
+            let (moved, reached) = self.step_nodes(&nodes)?;
+            self.update_actual()?;
+            return Ok((moved, reached && self.node_targets()? == nodes));
+        }
         let (target, size) = (self.target_pages()?, self.balloon.len());
         let moved = if target > size {
             self.fill(target - size)?

@@ -10,8 +10,8 @@ use aerostat::{
     aerostat_balloon, aerostat_cgroup_account, aerostat_completion, aerostat_counters,
     aerostat_device, aerostat_device_config, aerostat_element, aerostat_guest_stats,
     aerostat_history_entry, aerostat_log_callback, aerostat_memory, aerostat_memory_region,
-    aerostat_queue_config, aerostat_queue_position, aerostat_range, aerostat_runtime,
-    aerostat_runtime_config,
+    aerostat_node_balloon, aerostat_queue_config, aerostat_queue_position, aerostat_range,
+    aerostat_runtime, aerostat_runtime_config,
 };
 use std::env;
 use std::ffi::{c_char, c_int, c_void};
@@ -86,6 +86,8 @@ symbols! {
     aerostat_device_inhibit(*mut aerostat_device) -> c_int;
     aerostat_device_uninhibit(*mut aerostat_device) -> c_int;
     aerostat_device_set_target(*mut aerostat_device, u64) -> c_int;
+    aerostat_device_set_node_targets(*mut aerostat_device, *const u64, usize) -> c_int;
+    aerostat_device_query_node(*const aerostat_device, u32, *mut aerostat_node_balloon) -> c_int;
     aerostat_device_set_write_behind(*mut aerostat_device, u64, u32) -> c_int;
     aerostat_device_flush(*mut aerostat_device) -> c_int;
     aerostat_device_set_deflate(*mut aerostat_device, u32) -> c_int;

@@ -10,7 +10,7 @@ use super::ram::{GuestRam, RegionSpec};
 use super::vring::{Piece, Placement, Used, Vring};
 use aerostat::{
     AEROSTAT_FEATURE_EVENT_IDX, AEROSTAT_FEATURE_INDIRECT_DESC, AEROSTAT_FEATURE_VERSION_1,
-    AEROSTAT_KIND_MEMBALLOON, aerostat_counters,
+    AEROSTAT_KIND_MEMBALLOON, AEROSTAT_MEMBALLOON_FEATURE_NODE, aerostat_counters,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +23,8 @@ pub const GIVE: u64 = 1;
 pub const EXCHANGE: u64 = 2;
 /// What the device says on the fromdevq.
 pub const MIN_BALLOON: u64 = 32768;
+/// The same for each node of the guest.
+pub const MIN_NODES: u64 = 32769;
 /// The queue on which the device speaks.
 pub const FROMDEVQ: u32 = 0;
 /// The queue on which the driver does.
@@ -41,6 +43,15 @@ pub fn size_feature(page_bytes: u64) -> u64 {
     1 << (page_bytes / PAGE_BYTES).trailing_zeros() << 1
 }
 
+/// What the device says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Said {
+    /// How large the balloon should at least be.
+    Minimum(i64),
+    /// How large it should at least be on each node, from 0 on.
+    Nodes(Vec<u64>),
+}
+
 /// The machine.
 #[derive(Debug)]
 pub struct Memballoon {
@@ -50,6 +61,8 @@ pub struct Memballoon {
     to: Vring,
     buffers: u64,
     features: u64,
+    /// How long the buffers are that wait for what the device has to say.
+    pub buffer_bytes: u32,
     /// Signalled when the device needs a reset.
     pub config_event: EventFd,
     /// Where the kernel's own memory ends.
@@ -86,6 +99,11 @@ impl Memballoon {
             ram,
             buffers,
             features: selected,
+            buffer_bytes: if selected & AEROSTAT_MEMBALLOON_FEATURE_NODE == 0 {
+                16
+            } else {
+                144
+            },
             config_event,
             kernel_end: buffers + COMMAND_BYTES + 2 * PAGE_BYTES,
         };
@@ -103,7 +121,7 @@ impl Memballoon {
             let config = queue_config(queue, false);
             self.device.start_queue(index, &config)?;
         }
-        self.leave_buffer(16)?;
+        self.leave_buffer(self.buffer_bytes)?;
         self.device.activate()
     }
 
@@ -184,6 +202,38 @@ impl Memballoon {
         let head = self.from.add(&self.ram, &[piece])?;
         self.from.kick(&self.ram);
         Ok(head)
+    }
+
+    /// Waits for what the device has to say, and leaves a new buffer.
+    ///
+    /// # Errors
+    /// It does not come.
+    pub fn listen(&mut self) -> Result<Said> {
+        let used = self.wait_message()?;
+        self.understand(used)
+    }
+
+    /// The same without waiting.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn heard(&mut self) -> Result<Option<Said>> {
+        let used = self.from.take_used(&self.ram);
+        used.map(|used| self.understand(used)).transpose()
+    }
+
+    fn understand(&mut self, used: Used) -> Result<Said> {
+        let (message, argument) = (self.field(self.message()), self.field(self.message() + 8));
+        let said = if message == MIN_NODES {
+            assert_eq!(u64::from(used.written), 16 + 8 * argument, "n numbers");
+            let nodes = (0..argument).map(|node| self.field(self.message() + 16 + 8 * node));
+            Said::Nodes(nodes.collect())
+        } else {
+            assert_eq!(used.written, 16, "a message and its argument");
+            Said::Minimum(self.last_message())
+        };
+        self.leave_buffer(self.buffer_bytes)?;
+        Ok(said)
     }
 
     /// Whether the device has said something, without waiting; a buffer is used up then.

@@ -33,6 +33,8 @@ pub struct RegionSpec {
     pub extra: bool,
     /// Told to the library: the host node, or -1.
     pub node: i32,
+    /// Told to the library: the guest's node.
+    pub guest_node: u32,
     /// The host node that the memory is really bound to, if it is.
     pub bound: Option<u32>,
     /// Told to the library: keep transparent huge pages whole.
@@ -52,6 +54,7 @@ impl RegionSpec {
             pinned: false,
             extra: false,
             node: -1,
+            guest_node: 0,
             bound: None,
             transparent_huge: false,
         }
@@ -142,6 +145,8 @@ impl GuestRam {
                     _ => 0,
                 },
                 page_size_bytes: spec.page_size_bytes,
+                guest_node: spec.guest_node,
+                reserved: 0,
             }
         };
         self.regions.iter().map(entry).collect()
@@ -151,6 +156,15 @@ impl GuestRam {
     #[must_use]
     pub fn total_bytes(&self) -> u64 {
         self.specs().map(|spec| spec.len_bytes).sum()
+    }
+
+    /// The guest's node that a page is on.
+    #[must_use]
+    pub fn node_of(&self, pfn: u64) -> Option<u32> {
+        let gpa = pfn * PAGE_BYTES;
+        let mut specs = self.specs();
+        let spec = specs.find(|spec| (spec.gpa..spec.gpa + spec.len_bytes).contains(&gpa))?;
+        Some(spec.guest_node)
     }
 
     /// Every page frame number of the guest, in ascending order.

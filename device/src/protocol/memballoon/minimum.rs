@@ -1,34 +1,36 @@
-//! MIN_BALLOON (R7): the device tells the driver how large the balloon should at least be.
+//! MIN_BALLOON (R7) and MIN_NODES (X2): the device tells the driver how large the balloon should at least be,
+//! as a whole or on each node of the guest.
 //!
 //! The driver leaves a buffer in the fromdevq, and the device takes it when it has something to say. While
 //! there is none, only the latest value is kept. So nothing is ever held, and nothing has to be put back.
 
-use super::EXTRA_MEM;
+use super::{EXTRA_MEM, NODE};
 use crate::balloon::bump;
 use crate::protocol::contract::Turn;
 use crate::ring::RingError;
 use crate::ring::source::Source;
+use crate::target::Target;
+use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// The command's number.
+/// The messages' numbers.
 const MIN_BALLOON: u64 = 32768;
-/// A command and its argument.
-const MESSAGE_BYTES: usize = 16;
+const MIN_NODES: u64 = 32769;
 /// Buffers that are of no use, taken in one turn.
 const MAX_CHAINS_PER_TURN: u32 = 64;
 
 /// What is to be said, and whether it was.
 #[derive(Debug, Default)]
 pub(super) struct Minimum {
-    target_bytes: AtomicU64,
+    target: Mutex<Target>,
     extra_grant_bytes: AtomicU64,
     /// There is something that the driver was not told.
     unsaid: AtomicBool,
 }
 
 impl Minimum {
-    pub(super) fn set_target(&self, bytes: u64) {
-        self.target_bytes.store(bytes, Ordering::Release);
+    pub(super) fn set_target(&self, target: Target) {
+        *self.target.lock() = target;
     }
 
     pub(super) fn set_extra_grant(&self, bytes: u64) {
@@ -46,14 +48,29 @@ impl Minimum {
 
     /// A new driver takes the minimum for zero.
     pub(super) fn reset(&self) {
-        let target = self.target_bytes.load(Ordering::Acquire);
-        let unsaid = target != 0 || self.extra_grant_bytes() != 0;
+        let unsaid = *self.target.lock() != Target::default() || self.extra_grant_bytes() != 0;
         self.unsaid.store(unsaid, Ordering::Release);
     }
 
+    /// What is to be said to a driver that selected `features`.
+    fn message(&self, features: u64) -> Vec<u8> {
+        let target = self.target.lock();
+        let nodes = target.nodes();
+        let fields: Vec<u64> = if features & NODE != 0 && !nodes.is_empty() {
+            let head = [MIN_NODES, nodes.len() as u64];
+            head.iter().chain(nodes).copied().collect()
+        } else {
+            let value = self.value(target.bytes(), features);
+            vec![MIN_BALLOON, value.cast_unsigned()]
+        };
+        fields
+            .iter()
+            .flat_map(|field| field.to_le_bytes())
+            .collect()
+    }
+
     /// The target; where there is none, as far below zero as the driver may go.
-    fn value(&self, features: u64) -> i64 {
-        let target = self.target_bytes.load(Ordering::Acquire);
+    fn value(&self, target: u64, features: u64) -> i64 {
         if target > 0 || features & EXTRA_MEM == 0 {
             i64::try_from(target).unwrap_or(i64::MAX)
         } else {
@@ -79,19 +96,16 @@ impl Minimum {
                 }
                 continue;
             }
+            // What is set from now on is said with the next buffer.
+            self.unsaid.store(false, Ordering::Release);
+            let message = self.message(turn.features);
             let usable = !chain.malformed
                 && chain.readable.is_empty()
-                && chain.room(memory, MESSAGE_BYTES) == MESSAGE_BYTES;
+                && chain.room(memory, message.len()) == message.len();
             let written = if usable {
-                // What is set from now on is said with the next buffer.
-                self.unsaid.store(false, Ordering::Release);
-                let value = self.value(turn.features);
-                let mut message = [0; MESSAGE_BYTES];
-                let (command, argument) = message.split_at_mut(8);
-                command.copy_from_slice(&MIN_BALLOON.to_le_bytes());
-                argument.copy_from_slice(&value.to_le_bytes());
                 chain.write(memory, &message)
             } else {
+                self.unsaid.store(true, Ordering::Release);
                 turn.books
                     .enter(|entry| bump(&mut entry.device().chain_errors, 1));
                 0

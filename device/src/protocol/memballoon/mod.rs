@@ -9,10 +9,13 @@ use crate::metrics::Books;
 use crate::protocol::DeviceKind;
 use crate::protocol::contract::{ASKED, Broken, Notice, Protocol, Turn, Written};
 use crate::service::queues::Queues;
+use crate::target::Target;
 use minimum::Minimum;
 
 /// The balloon may go below zero (R2).
 const EXTRA_MEM: u64 = 1 << 0;
+/// The driver can be told of a target for each node of the guest (X2).
+const NODE: u64 = 1 << 50;
 /// Pages of 4 KiB << (bit - 1), one bit a size.
 const PAGE_SIZES: u64 = 0xff_fffe;
 /// INDIRECT_DESC, EVENT_IDX, VERSION_1.
@@ -21,7 +24,7 @@ const RINGS: u64 = 1 << 28 | 1 << 29 | 1 << 32;
 const OTHER_RINGS: u64 = 1 << 34 | 1 << 35;
 
 /// Every feature that can be offered.
-pub(crate) const SUPPORTED: u64 = EXTRA_MEM | PAGE_SIZES | RINGS | OTHER_RINGS;
+pub(crate) const SUPPORTED: u64 = EXTRA_MEM | PAGE_SIZES | RINGS | OTHER_RINGS | NODE;
 /// What is offered unless the VMM chooses.
 pub(crate) const DEFAULT: u64 = PAGE_SIZES | RINGS;
 /// The number of queues.
@@ -118,8 +121,12 @@ impl Protocol for Memballoon {
             })
     }
 
-    fn show_target(&self, bytes: u64) {
-        self.minimum.set_target(bytes);
+    fn has_node_targets(&self) -> bool {
+        self.offered & NODE != 0
+    }
+
+    fn show_target(&self, target: &Target) {
+        self.minimum.set_target(target.clone());
     }
 
     fn announce(&self) -> Notice {

@@ -1,10 +1,12 @@
-//! The configuration space (5.5.4): 16 little-endian bytes, legacy or not, and 8 more if HOST_RESET
-//! is offered (docs/virtio-balloon-extensions.md; requirement V3).
+//! The configuration space (5.5.4): 16 little-endian bytes, legacy or not, and more if HOST_RESET or
+//! NODE_TARGETS is offered (docs/virtio-balloon-extensions.md; requirements V3, X2).
 //!
 //! Reading and writing never wait for a queue: a VMM does both from its vCPU threads.
 
 use super::Features;
+use crate::memory::BALLOON_PAGE_SHIFT;
 use crate::protocol::contract::Written;
+use crate::target::{MAX_TARGET_NODES, Target};
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -13,12 +15,18 @@ const CONFIG_BYTES: usize = 16;
 /// The same where HOST_RESET is offered: `reset_id` and `reset_ack` follow.
 const HOST_RESET_CONFIG_BYTES: usize = 24;
 
+/// The same where NODE_TARGETS is offered: `nodes` and `node_num_pages` follow, whether HOST_RESET is
+/// offered or not.
+const NODE_CONFIG_BYTES: usize = HOST_RESET_CONFIG_BYTES + 4 * (1 + MAX_TARGET_NODES);
+
 /// Its length where `offered` are.
 pub(crate) const fn config_bytes(offered: u64) -> usize {
-    if offered & Features::HOST_RESET.bits() == 0 {
-        CONFIG_BYTES
-    } else {
+    if offered & Features::NODE_TARGETS.bits() != 0 {
+        NODE_CONFIG_BYTES
+    } else if offered & Features::HOST_RESET.bits() != 0 {
         HOST_RESET_CONFIG_BYTES
+    } else {
+        CONFIG_BYTES
     }
 }
 
@@ -28,6 +36,10 @@ const HINT_CMD_ID: usize = 8;
 const POISON_VAL: usize = 12;
 const RESET_ID: usize = 16;
 const RESET_ACK: usize = 20;
+const NODES: usize = 24;
+
+/// `nodes` and `node_num_pages`.
+type NodeFields = [u32; 1 + MAX_TARGET_NODES];
 
 /// Where host resets stand.
 #[derive(Debug, Default)]
@@ -41,12 +53,13 @@ struct HostReset {
 /// The fields as host values.
 #[derive(Debug, Default)]
 pub(crate) struct ConfigSpace {
-    /// HOST_RESET is offered: the space has its fields, whatever will be negotiated.
-    has_host_reset: bool,
+    /// The space has the fields of all that is offered, whatever will be negotiated.
+    offered: u64,
     host_reset: Mutex<HostReset>,
     /// Whether `reset_ack` differs from `reset_id`; changes under the lock above.
     reset_pending: AtomicBool,
     num_pages: AtomicU32,
+    node_targets: Mutex<NodeFields>,
     actual: AtomicU32,
     hint_cmd_id: AtomicU32,
     poison_val: AtomicU32,
@@ -67,18 +80,18 @@ impl ConfigSpace {
     /// The space of a device that offers `features`.
     pub(crate) fn new(features: Features) -> Self {
         Self {
-            has_host_reset: features.contains(Features::HOST_RESET),
+            offered: features.bits(),
             ..Self::default()
         }
     }
 
     /// Its length.
     fn len(&self) -> usize {
-        config_bytes(if self.has_host_reset {
-            Features::HOST_RESET.bits()
-        } else {
-            0
-        })
+        config_bytes(self.offered)
+    }
+
+    fn has(&self, feature: Features) -> bool {
+        self.offered & feature.bits() != 0
     }
 
     /// Shows a new `reset_id`, which is pending until the driver writes it to `reset_ack`.
@@ -118,8 +131,19 @@ impl ConfigSpace {
         self.num_pages.load(Ordering::Acquire)
     }
 
-    pub(crate) fn set_num_pages(&self, pages: u32) {
-        self.num_pages.store(pages, Ordering::Release);
+    pub(crate) fn set_target(&self, target: &Target) {
+        let pages = |bytes: u64| u32::try_from(bytes >> BALLOON_PAGE_SHIFT).unwrap_or(u32::MAX);
+        self.num_pages
+            .store(pages(target.bytes()), Ordering::Release);
+        if self.has(Features::NODE_TARGETS) {
+            let count = u32::try_from(target.nodes().len()).unwrap_or(0);
+            let nodes = target.nodes().iter().map(|bytes| pages(*bytes));
+            let mut fields = NodeFields::default();
+            for (field, value) in fields.iter_mut().zip(std::iter::once(count).chain(nodes)) {
+                *field = value;
+            }
+            *self.node_targets.lock() = fields;
+        }
     }
 
     pub(crate) fn actual(&self) -> u32 {
@@ -171,10 +195,11 @@ impl ConfigSpace {
         }
     }
 
-    fn bytes(&self) -> [u8; HOST_RESET_CONFIG_BYTES] {
-        let mut bytes = [0; HOST_RESET_CONFIG_BYTES];
+    fn bytes(&self) -> [u8; NODE_CONFIG_BYTES] {
+        let mut bytes = [0; NODE_CONFIG_BYTES];
         let reset = self.host_reset.lock();
-        // Without the feature both are zero, as is whatever lies behind the end.
+        let nodes = *self.node_targets.lock();
+        // What belongs to features that are not offered is zero, as is whatever lies behind the end.
         let fields = [
             (RESET_ID, reset.id),
             (RESET_ACK, reset.ack),
@@ -183,6 +208,7 @@ impl ConfigSpace {
             (HINT_CMD_ID, self.hint_cmd_id.load(Ordering::Acquire)),
             (POISON_VAL, self.poison_val()),
         ];
+        let fields = fields.into_iter().chain((NODES..).step_by(4).zip(nodes));
         for (offset, value) in fields {
             for (byte, of_value) in bytes.iter_mut().skip(offset).zip(value.to_le_bytes()) {
                 *byte = of_value;
@@ -248,7 +274,12 @@ impl ConfigSpace {
             let old = own.load(Ordering::Acquire);
             written.refused |= overlay(at, old) != old;
         }
-        if self.has_host_reset {
+        if self.has(Features::NODE_TARGETS) {
+            let nodes = *self.node_targets.lock();
+            let mut fields = (NODES..).step_by(4).zip(nodes);
+            written.refused |= fields.any(|(at, own)| overlay(at, own) != own);
+        }
+        if self.has(Features::HOST_RESET) {
             let (id, ack) = {
                 let reset = self.host_reset.lock();
                 (reset.id, reset.ack)
@@ -271,7 +302,7 @@ mod tests {
     #[test]
     fn a_front_end_may_write_the_whole_space_back() {
         let config = ConfigSpace::default();
-        config.set_num_pages(1000);
+        config.set_target(&Target::whole(1000 << 12));
         let mut space = [0; CONFIG_BYTES];
         config.read(0, &mut space);
         space[4..8].copy_from_slice(&77u32.to_le_bytes());
@@ -289,7 +320,7 @@ mod tests {
     #[test]
     fn num_pages_is_the_devices_and_poison_val_is_fixed_once_active() {
         let config = ConfigSpace::default();
-        config.set_num_pages(5);
+        config.set_target(&Target::whole(5 << 12));
         assert!(config.write(0, &[9], Features::all(), false).refused);
         assert!(
             config
@@ -423,9 +454,31 @@ mod tests {
         config.ask_for_reset();
         assert_eq!(acknowledge(&config, 1).acknowledged_resets, 1);
         config.reset();
-        let mut space = [0; HOST_RESET_CONFIG_BYTES];
+        let mut space = [0; NODE_CONFIG_BYTES];
         config.read(0, &mut space);
         let written = config.write(0, &space, Features::DEFAULT, true);
         assert_eq!(written, Written::default());
+    }
+
+    #[test]
+    fn targets_of_nodes_are_read_and_nobody_elses_to_write() {
+        let config = ConfigSpace::new(Features::NODE_TARGETS);
+        config.set_target(&Target::by_node(&[7 << 12, 0, 9 << 12]).unwrap());
+        let read = |at: usize| {
+            let mut bytes = [0; 4];
+            config.read(at as u64, &mut bytes);
+            u32::from_le_bytes(bytes)
+        };
+        assert_eq!(read(NUM_PAGES), 16);
+        assert_eq!([24, 28, 32, 36, 40, 88].map(read), [3, 7, 0, 9, 0, 0]);
+        assert_eq!([RESET_ID, RESET_ACK].map(read), [0, 0], "not offered");
+        let mut space = [0; NODE_CONFIG_BYTES];
+        config.read(0, &mut space);
+        assert!(!config.write(0, &space, Features::all(), true).refused);
+        assert!(config.write(28, &[8], Features::all(), true).refused);
+        assert!(config.write(92, &[0], Features::all(), true).refused);
+        // A target for the whole balloon leaves the nodes to the driver.
+        config.set_target(&Target::whole(5 << 12));
+        assert_eq!([NUM_PAGES, 24, 28, 36].map(read), [5, 0, 0, 0]);
     }
 }

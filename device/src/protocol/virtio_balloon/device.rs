@@ -12,6 +12,7 @@ use crate::protocol::DeviceKind;
 use crate::protocol::contract::Turn as Loan;
 use crate::protocol::contract::{ASKED, Broken, Due, Notice, Protocol, Written};
 use crate::service::queues::Queues;
+use crate::target::Target;
 use std::time::Instant;
 
 /// What one device of this protocol knows, beside the balloon.
@@ -74,10 +75,12 @@ impl Protocol for VirtioBalloon {
         })
     }
 
-    fn show_target(&self, bytes: u64) {
-        let pages = bytes >> BALLOON_PAGE_SHIFT;
-        self.config
-            .set_num_pages(u32::try_from(pages).unwrap_or(u32::MAX));
+    fn has_node_targets(&self) -> bool {
+        self.offered.contains(Features::NODE_TARGETS)
+    }
+
+    fn show_target(&self, target: &Target) {
+        self.config.set_target(target);
     }
 
     fn announce(&self) -> Notice {

@@ -58,20 +58,23 @@ bitflags::bitflags! {
         const PAGE_REFUSAL = 1 << 50;
         /// The device may give all pages back at once (docs/virtio-balloon-extensions.md; V3).
         const HOST_RESET = 1 << 51;
+        /// The balloon has a target on each node of the guest (docs/virtio-balloon-extensions.md; X2).
+        const NODE_TARGETS = 1 << 52;
     }
 }
 
 impl Features {
     /// What is offered unless the VMM chooses. DEFLATE_ON_OOM is left to the VMM since it lets a guest
     /// undo what the host decided; the packed layout and IN_ORDER since VMMs have to know about them;
-    /// PAGE_REFUSAL and HOST_RESET since they are not in the standard (V4).
+    /// PAGE_REFUSAL, HOST_RESET and NODE_TARGETS since they are not in the standard (V4).
     pub(super) const DEFAULT: Self = Self::all()
         .difference(Self::DEFLATE_ON_OOM)
         .difference(Self::RING_PACKED)
         .difference(Self::IN_ORDER)
         .difference(Self::FREE_PAGE_HINT)
         .difference(Self::PAGE_REFUSAL)
-        .difference(Self::HOST_RESET);
+        .difference(Self::HOST_RESET)
+        .difference(Self::NODE_TARGETS);
 }
 
 /// The most PFNs a chain may carry: 8 MiB of memory; stock drivers send 256 to 1024. More is taken

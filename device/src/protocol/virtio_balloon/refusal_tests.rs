@@ -12,6 +12,7 @@ use crate::metrics::{Books, Counters};
 use crate::ring::source::{RingQueue, Source};
 use crate::ring::{Ring, RingFeatures};
 use crate::runtime::Scratch;
+use crate::target::Target;
 use crate::trace::Tape;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -59,7 +60,7 @@ impl Bench {
         });
         let discarder = Discarder::inline(Arc::new(Capabilities::probe().unwrap()));
         let config = ConfigSpace::new(Features::all());
-        config.set_num_pages(target_pages);
+        config.set_target(&Target::whole(u64::from(target_pages) << 12));
         let bench = Self {
             balloon: Balloon::new(Arc::clone(&memory), discarder),
             memory,

@@ -13,6 +13,7 @@ use crate::metrics::Books;
 use crate::protocol::DeviceKind;
 use crate::protocol::contract::{Broken, Notice, Protocol, Turn, Written};
 use crate::service::queues::Queues;
+use crate::target::Target;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -122,8 +123,8 @@ impl Protocol for Vmware {
         Ok(())
     }
 
-    fn show_target(&self, bytes: u64) {
-        self.target_bytes.store(bytes, Ordering::Release);
+    fn show_target(&self, target: &Target) {
+        self.target_bytes.store(target.bytes(), Ordering::Release);
     }
 
     /// It asks every second.

@@ -68,7 +68,7 @@ impl Play<'_> {
             .iter()
             .take(8)
             .map(|from| aerostat_memory_region {
-                size: from.size.of(56).min(56),
+                size: from.size.of(64).min(64),
                 flags: u32::from(from.flags & 7) | if from.flags > 250 { 64 } else { 0 },
                 gpa: u64::from(from.gpa) * page + u64::from(from.gpa == 255),
                 len_bytes: u64::from(from.pages % 17) * page,
@@ -82,6 +82,8 @@ impl Play<'_> {
                 fd_offset_bytes: u64::from(from.offset / 8) * page,
                 page_size_bytes: [0, 4096, 16384, 12288, 1 << 21, 1 << 40]
                     [usize::from(from.page % 6)],
+                guest_node: u32::from(from.pages / 17),
+                reserved: 0,
             })
             .collect();
         let index = usize::from(memory) % SLOTS;
@@ -105,7 +107,7 @@ impl Play<'_> {
 
     pub(super) fn set_up(&mut self, device: u8, elements: bool) {
         let region = aerostat_memory_region {
-            size: 56,
+            size: 64,
             flags: 0,
             gpa: 0,
             len_bytes: MEMORY_BYTES as u64,
@@ -114,6 +116,8 @@ impl Play<'_> {
             node: -1,
             fd_offset_bytes: 0,
             page_size_bytes: 0,
+            guest_node: 0,
+            reserved: 0,
         };
         let mut memory = null_mut();
         let device = self.device(device);

@@ -1,6 +1,7 @@
-//! Calls that only devices of other protocols have.
+//! Calls that not every device has.
 
-use super::{Device, Result, Symbols, checked};
+use super::{Device, Result, Symbols, checked, size_of_u32};
+use aerostat::aerostat_node_balloon;
 
 impl Device {
     /// The features that were selected, by whomever.
@@ -14,6 +15,34 @@ impl Device {
             aerostat_device_features(self.handle, &raw mut features)
         )?;
         Ok(features)
+    }
+
+    /// Sets a target for each of the guest's nodes.
+    ///
+    /// # Errors
+    /// As the header says.
+    pub fn set_node_targets(&self, bytes: &[u64]) -> Result<()> {
+        call!(
+            self.symbols,
+            aerostat_device_set_node_targets(self.handle, bytes.as_ptr(), bytes.len())
+        )?;
+        Ok(())
+    }
+
+    /// The balloon on one of the guest's nodes.
+    ///
+    /// # Errors
+    /// None is documented for a live handle.
+    pub fn query_node(&self, node: u32) -> Result<aerostat_node_balloon> {
+        let mut balloon = aerostat_node_balloon {
+            size: size_of_u32::<aerostat_node_balloon>(),
+            ..Default::default()
+        };
+        call!(
+            self.symbols,
+            aerostat_device_query_node(self.handle, node, &raw mut balloon)
+        )?;
+        Ok(balloon)
     }
 
     /// Lets the guest have more than it booted with.

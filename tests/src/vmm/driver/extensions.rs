@@ -1,16 +1,22 @@
-//! What a driver does with PAGE_REFUSAL and HOST_RESET (docs/virtio-balloon-extensions.md; requirements V2,
-//! V3): it puts refused pages aside until the target is reached, and frees all of the balloon at once when
-//! the host resets it.
+//! What a driver does with PAGE_REFUSAL, HOST_RESET and NODE_TARGETS (docs/virtio-balloon-extensions.md;
+//! requirements V2, V3, X2): it puts refused pages aside until the target is reached, frees all of the
+//! balloon at once when the host resets it, and follows a target for each node.
 
 use super::super::error::Result;
 use super::super::vring::{Piece, Used};
-use super::{Driver, PAGE_BYTES, Role};
-use aerostat::{AEROSTAT_FEATURE_HOST_RESET, AEROSTAT_FEATURE_PAGE_REFUSAL};
+use super::{Driver, MAX_PFNS, PAGE_BYTES, Role};
+use aerostat::{
+    AEROSTAT_FEATURE_HOST_RESET, AEROSTAT_FEATURE_NODE_TARGETS, AEROSTAT_FEATURE_PAGE_REFUSAL,
+};
+use std::collections::BTreeSet;
 
 /// Where `reset_id` is in the configuration space.
 pub const CONFIG_RESET_ID: u64 = 16;
 /// Where `reset_ack` is.
 pub const CONFIG_RESET_ACK: u64 = 20;
+
+/// Where `nodes` is, with a target for each behind it.
+pub(super) const CONFIG_NODES: u64 = 24;
 
 /// The pages of `list` that a bitmap of which the device wrote `written` bytes refuses.
 #[must_use]
@@ -81,6 +87,54 @@ impl Driver {
         self.balloon.extend(taken);
         self.refused.extend(refused);
         Ok(())
+    }
+
+    /// The target of each node, in pages; none where it is for the driver to choose the nodes.
+    ///
+    /// # Errors
+    /// The device cannot be read.
+    pub fn node_targets(&self) -> Result<Vec<usize>> {
+        if self.features & AEROSTAT_FEATURE_NODE_TARGETS == 0 {
+            return Ok(Vec::new());
+        }
+        let mut bytes = [0; 68];
+        self.device.read().read_config(CONFIG_NODES, &mut bytes)?;
+        let (words, _) = bytes.as_chunks::<4>();
+        let mut words = words.iter().map(|word| u32::from_le_bytes(*word));
+        let count = usize::try_from(words.next().unwrap_or(0)).unwrap_or(0);
+        let targets = words.take(count);
+        Ok(targets
+            .map(|pages| usize::try_from(pages).unwrap_or(usize::MAX))
+            .collect())
+    }
+
+    /// Moves each node towards its target by a buffer's worth, with pages of that node alone. Returns how
+    /// many pages were moved, and whether all targets are reached.
+    ///
+    /// # Errors
+    /// The device does not answer.
+    pub(super) fn step_nodes(&mut self, targets: &[usize]) -> Result<(usize, bool)> {
+        let nodes: BTreeSet<u32> = self.ram.specs().map(|spec| spec.guest_node).collect();
+        let (mut moved, mut reached) = (0, true);
+        for node in nodes {
+            let index = usize::try_from(node).unwrap_or(usize::MAX);
+            let target = targets.get(index).copied().unwrap_or(0);
+            let is_here = |pfn: &u64| self.ram.node_of(*pfn) == Some(node);
+            let held: Vec<u64> = self.balloon.iter().copied().filter(is_here).collect();
+            let missing = target.saturating_sub(held.len()).min(MAX_PFNS);
+            let spare = held.len().saturating_sub(target).min(MAX_PFNS);
+            let wanted: Vec<u64> = self
+                .allocator
+                .unused()
+                .filter(is_here)
+                .take(missing)
+                .collect();
+            self.give(&wanted)?;
+            self.take(held.get(..spare).unwrap_or_default())?;
+            moved += wanted.len() + spare;
+            reached &= held.len() + wanted.len() - spare == target;
+        }
+        Ok((moved, reached))
     }
 
     /// Lets refused pages go: the guest may use them as any other.
