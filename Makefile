@@ -6,7 +6,7 @@ PREFIX ?= /usr/local
 SOAK_SECONDS ?= 1800
 ROUNDS ?= 5
 
-.PHONY: all setup build check test suites fuzz loom soak demo bench bench-vmm experiment qemu install deb abi header clean help
+.PHONY: all setup build check test suites fuzz loom sanitize soak demo bench bench-vmm experiment qemu install deb abi header clean help
 
 all: build
 
@@ -17,6 +17,7 @@ help:
 	@echo 'make check   lints only: formatting, clippy, documentation'
 	@echo 'make fuzz    fuzz every target for FUZZ_SECONDS (60), TARGETS="split abi" some of them'
 	@echo 'make loom    models of the protocols between threads, in every order of threads'
+	@echo 'make sanitize  suites of the test VMM under ThreadSanitizer (SANITIZER=address, SANITIZE="vmm_chaos": one)'
 	@echo 'make bench   benchmarks against what other VMMs do (QUICK=1, or BENCH_SECONDS=N: shorter)'
 	@echo 'make soak    64 guests and a VMM that does anything, for SOAK_SECONDS (1800)'
 	@echo 'make qemu    QEMU with the library'"'"'s balloon device, from Debian'"'"'s source package, in target/qemu'
@@ -71,7 +72,11 @@ soak: setup
 # In a directory of its own, since everything is built with another configuration.
 loom: setup
 	RUSTFLAGS='--cfg loom' $(CARGO) test --release -p aerostat-device --lib --target-dir target/loom \
-		-- turnstile:: stats::
+		-- models:: turnstile:: stats::
+
+# The stable toolchain does; see scripts/sanitize for what is not seen.
+sanitize: setup
+	scripts/sanitize $(or $(SANITIZER),thread) $(SANITIZE)
 
 demo: build
 	target/release/aerostat-demo --guest $(GUEST) --out target/demo

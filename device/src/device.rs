@@ -12,7 +12,7 @@ use crate::accounting::Accountant;
 use crate::balloon::{Balloon, bump};
 use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
-use crate::event::EventFd;
+use crate::event::{EventFd, Sharer};
 use crate::history::{History, HistoryEntry, HistoryEvent};
 use crate::memory::{BALLOON_PAGE_SHIFT, Gpa, GuestMemory, NodeId};
 use crate::metrics::Counters;
@@ -38,6 +38,8 @@ pub struct DeviceConfig {
     pub config_event: Option<OwnedFd>,
     /// An eventfd signalled when completions of element queues are waiting.
     pub completion_event: Option<OwnedFd>,
+    /// Who else has the queues' call eventfds.
+    pub calls_shared_with: Sharer,
 }
 
 /// A queue's place in guest memory, and the descriptors of its two directions.
@@ -142,10 +144,19 @@ impl Device {
             0 => kind.default_features(),
             chosen => chosen,
         })?;
-        let event = |what, fd: Option<OwnedFd>| fd.map(|fd| EventFd::new(what, fd)).transpose();
+        config.calls_shared_with.prepare();
+        let own = |what, fd| EventFd::new(what, fd, Sharer::Trusted);
+        let event = |what, fd: Option<OwnedFd>| fd.map(|fd| own(what, fd)).transpose();
         let config_event = event("config_event", config.config_event)?;
         let completion_event = event("completion_event", config.completion_event)?.map(Arc::new);
-        let shared = Shared::new(runtime, protocol, config_event, completion_event, history)?;
+        let shared = Shared::new(
+            runtime,
+            protocol,
+            config_event,
+            completion_event,
+            config.calls_shared_with,
+            history,
+        )?;
         let device: Weak<dyn Servable> =
             Arc::downgrade(&(Arc::clone(&shared) as Arc<dyn Servable>));
         let home = runtime.pool().station_of(None);
@@ -272,7 +283,7 @@ impl Device {
     /// # Errors
     /// The queue is not started, is no ring, or the descriptor is of the wrong kind.
     pub fn set_queue_call(&self, index: u16, call: Option<OwnedFd>) -> Result<()> {
-        let call = call.map(|fd| EventFd::new("call", fd)).transpose()?;
+        let call = self.shared.call_event(call)?;
         self.shared.service.lock().queues.set_call(index, call)
     }
 

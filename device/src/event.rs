@@ -4,6 +4,8 @@
 //! on what it calls pipes, which are UNIX stream sockets: eight bytes on one are taken as on an eventfd.
 #![allow(unsafe_code, reason = "an eventfd is written through its descriptor")]
 
+mod shared;
+
 use crate::error::{Error, Result};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
@@ -11,25 +13,52 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 #[derive(Debug)]
 pub(crate) struct EventFd {
     fd: OwnedFd,
-    /// It is a socket, where a write would raise SIGPIPE if the other end is gone.
-    socket: bool,
+    by: By,
+}
+
+/// How it is signalled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    Write,
+    /// A socket, where a write would raise SIGPIPE if the other end is gone.
+    Send,
+    /// An eventfd that is shared with somebody who may make it blocking again.
+    Kernel,
+}
+
+/// Who else has the eventfds that a device signals.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sharer {
+    /// Somebody who leaves them non-blocking, as the VMM does that links this library.
+    #[default]
+    Trusted,
+    /// A peer that may do anything to them, as a vhost-user front-end may. Pipes, on which nothing helps
+    /// against that, are refused.
+    Untrusted,
 }
 
 impl EventFd {
     /// Takes over `fd`, which has to be an eventfd, a pipe or a socket, and makes it non-blocking:
     /// what nobody reads must not stop a worker.
-    pub(crate) fn new(what: &'static str, fd: OwnedFd) -> Result<Self> {
-        let socket = is_socket(&fd);
-        if !socket && !is_eventfd(&fd) && !is_pipe(&fd) {
-            let expected = "an eventfd, the writing end of a pipe, or a socket";
-            return Err(Error::BadFd {
-                what,
-                fd: fd.as_raw_fd(),
-                expected,
-            });
-        }
+    pub(crate) fn new(what: &'static str, fd: OwnedFd, sharer: Sharer) -> Result<Self> {
+        let by = match sharer {
+            _ if is_socket(&fd) => By::Send,
+            Sharer::Trusted if is_eventfd(&fd) || is_pipe(&fd) => By::Write,
+            Sharer::Untrusted if is_eventfd(&fd) => By::Kernel,
+            _ => {
+                let expected = match sharer {
+                    Sharer::Trusted => "an eventfd, the writing end of a pipe, or a socket",
+                    Sharer::Untrusted => "an eventfd or a socket",
+                };
+                return Err(Error::BadFd {
+                    what,
+                    fd: fd.as_raw_fd(),
+                    expected,
+                });
+            }
+        };
         set_nonblocking(&fd)?;
-        Ok(Self { fd, socket })
+        Ok(Self { fd, by })
     }
 
     /// An eventfd of our own.
@@ -43,7 +72,7 @@ impl EventFd {
         Ok(Self {
             // SAFETY: the kernel just returned this descriptor to us, and nobody else owns it.
             fd: unsafe { OwnedFd::from_raw_fd(fd) },
-            socket: false,
+            by: By::Write,
         })
     }
 
@@ -51,18 +80,39 @@ impl EventFd {
     pub(crate) fn signal(&self) {
         let one = 1u64.to_ne_bytes();
         let (raw, bytes) = (self.fd.as_raw_fd(), one.as_ptr().cast());
-        if self.socket {
-            let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-            // SAFETY: sends 8 bytes from a live array to an open descriptor.
-            unsafe { libc::send(raw, bytes, one.len(), flags) };
-        } else {
-            // SAFETY: writes 8 bytes from a live array to an open descriptor.
-            unsafe { libc::write(raw, bytes, one.len()) };
+        match self.by {
+            By::Send => {
+                let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+                // SAFETY: sends 8 bytes from a live array to an open descriptor.
+                unsafe { libc::send(raw, bytes, one.len(), flags) };
+            }
+            By::Kernel if shared::signal(self.as_fd()) => {}
+            By::Kernel | By::Write => {
+                // SAFETY: writes 8 bytes from a live array to an open descriptor.
+                unsafe { libc::write(raw, bytes, one.len()) };
+            }
         }
     }
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         std::os::fd::AsFd::as_fd(&self.fd)
+    }
+}
+
+impl Sharer {
+    /// Sets up what signalling takes, once a process, so that no worker has to.
+    pub(crate) fn prepare(self) {
+        if self == Self::Untrusted {
+            shared::prepare();
+        }
+    }
+}
+
+/// Signals what an untrusted peer shares, without ever waiting for it: for whoever serves such peers and has
+/// more to tell them than a device does. What is neither an eventfd nor a socket is left alone.
+pub fn signal_shared(fd: OwnedFd) {
+    if let Ok(event) = EventFd::new("an eventfd", fd, Sharer::Untrusted) {
+        event.signal();
     }
 }
 
@@ -127,7 +177,7 @@ mod tests {
     #[test]
     fn a_socket_takes_signals_and_may_lose_its_reader() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let event = EventFd::new("call", ours.into()).unwrap();
+        let event = EventFd::new("call", ours.into(), Sharer::Untrusted).unwrap();
         event.signal();
         let mut bytes = [0; 8];
         theirs.read_exact(&mut bytes).unwrap();
@@ -149,6 +199,14 @@ mod tests {
     #[test]
     fn files_are_refused() {
         let file = std::fs::File::open("/dev/null").unwrap();
-        assert!(EventFd::new("call", file.into()).is_err());
+        assert!(EventFd::new("call", file.into(), Sharer::Trusted).is_err());
+    }
+
+    #[test]
+    fn pipes_are_taken_from_those_only_who_leave_them_non_blocking() {
+        for (sharer, taken) in [(Sharer::Trusted, true), (Sharer::Untrusted, false)] {
+            let (_, pipe) = std::io::pipe().unwrap();
+            assert_eq!(EventFd::new("call", pipe.into(), sharer).is_ok(), taken);
+        }
     }
 }

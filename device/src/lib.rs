@@ -40,6 +40,7 @@ pub use accounting::Accountant;
 pub use device::{Device, DeviceConfig, DeviceState, QueueConfig, QueuePosition, RingConfig};
 pub use discard::{DeflateOptions, WriteBehind};
 pub use error::{Error, Result};
+pub use event::{Sharer, signal_shared};
 pub use history::{History, HistoryEntry, HistoryEvent};
 pub use memory::{Gpa, GuestMemory, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};

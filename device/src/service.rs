@@ -3,6 +3,8 @@
 mod elements;
 mod linger;
 pub(crate) mod lock;
+#[cfg(all(test, loom))]
+mod models;
 pub(crate) mod queues;
 mod turnstile;
 
@@ -10,7 +12,7 @@ use crate::balloon::{Balloon, bump};
 use crate::device::{DeviceState, QueueConfig, QueuePosition};
 use crate::discard::{DeflateOptions, WriteBehind};
 use crate::error::{Error, Result};
-use crate::event::{EventFd, check_eventfd};
+use crate::event::{EventFd, Sharer, check_eventfd};
 use crate::history::{History, HistoryEvent};
 use crate::memory::GuestMemory;
 use crate::metrics::Books;
@@ -18,11 +20,11 @@ use crate::protocol::contract::{ASKED, Broken, Notice, Protocol, Turn};
 use crate::ring::source::{Completion, Element, ElementQueue, RingQueue, Source};
 use crate::ring::{Ring, RingFeatures};
 use crate::runtime::{Patience, Pool, Runtime, Scratch, Servable, Timer};
+use crate::sync::Mutex;
+use crate::sync::channel::{Receiver, Sender, unbounded};
 use crate::trace::Tape;
-use crossbeam_channel::{Receiver, Sender, unbounded};
 use linger::Attention;
 use lock::ServiceLock;
-use parking_lot::Mutex;
 use queues::{Queue, Queues, position_of};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -79,6 +81,7 @@ pub(crate) struct Shared {
     submitted: (Sender<Element>, Receiver<Element>),
     completed: (Sender<Completion>, Receiver<Completion>),
     completion_event: Option<Arc<EventFd>>,
+    calls_shared_with: Sharer,
     /// Elements submitted whose completion was not collected yet.
     outstanding: AtomicUsize,
     /// Copies of what is in the service, for those who must not wait.
@@ -161,6 +164,7 @@ impl Shared {
         protocol: Box<dyn Protocol>,
         config_event: Option<EventFd>,
         completion_event: Option<Arc<EventFd>>,
+        calls_shared_with: Sharer,
         history: Arc<History>,
     ) -> Result<Arc<Self>> {
         let timer = Timer::new()?;
@@ -192,6 +196,7 @@ impl Shared {
             submitted: unbounded(),
             completed: unbounded(),
             completion_event,
+            calls_shared_with,
             outstanding: AtomicUsize::new(0),
             state: AtomicU8::new(DeviceState::Configuring as u8),
             features: AtomicU64::new(0),
@@ -305,7 +310,7 @@ impl Shared {
                 let memory = balloon.memory();
                 let taken = Ring::new(memory, config.size, places, ring.position, ring_features)?;
                 check_eventfd("kick", &ring.kick)?;
-                let call = ring.call.map(|fd| EventFd::new("call", fd)).transpose()?;
+                let call = self.call_event(ring.call)?;
                 let home = self.home.load(Ordering::Relaxed);
                 let device: Weak<dyn Servable> = self.this.clone();
                 let kick = pool.register(home, ring.kick, device, index)?;
@@ -316,6 +321,12 @@ impl Shared {
             }
         };
         service.queues.start(index, queue)
+    }
+
+    /// What a queue's interrupts are signalled on.
+    pub(crate) fn call_event(&self, call: Option<OwnedFd>) -> Result<Option<EventFd>> {
+        let event = |fd| EventFd::new("call", fd, self.calls_shared_with);
+        call.map(event).transpose()
     }
 
     pub(crate) fn stop_queue(&self, service: &mut Service, index: u16) -> Result<QueuePosition> {

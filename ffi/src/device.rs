@@ -8,7 +8,7 @@ use crate::handle::{self, Handle, Slot};
 use crate::memory::aerostat_memory;
 use crate::runtime::aerostat_runtime;
 use crate::versioned::{self, Versioned};
-use ::aerostat_device::{Device, DeviceConfig, DeviceKind, DeviceState};
+use ::aerostat_device::{Device, DeviceConfig, DeviceKind, DeviceState, Sharer};
 use std::ffi::c_int;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -162,6 +162,7 @@ pub unsafe extern "C" fn aerostat_device_new(
             features: config.features,
             config_event,
             completion_event,
+            calls_shared_with: Sharer::Trusted,
         };
         slot.fill(aerostat_device {
             device: Device::new(&runtime.runtime, config)?,

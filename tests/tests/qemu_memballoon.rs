@@ -21,6 +21,8 @@ const MIB: u64 = 1 << 20;
 const MEMORY_MIB: u64 = 512;
 const TARGET_MIB: u64 = 256;
 const WORKING_SET_MIB: u64 = 32;
+/// What a guest whose large pages are all taken can still give.
+const SMALL_MIB: u64 = 4;
 
 /// The most that anything may take: emulation is slow, and the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -44,6 +46,11 @@ fn attribute(machine: &mut Machine, name: &str) -> u64 {
     text.trim()
         .parse()
         .unwrap_or_else(|_| panic!("{name}: {text}"))
+}
+
+fn set_attribute(machine: &mut Machine, name: &str, value: u64) {
+    let command = format!("echo {value} >$(echo {ATTRIBUTES}/{name})");
+    machine.run_within(&command, PATIENCE).unwrap();
 }
 
 /// Waits until the device's balloon has a size that will do, and nothing waits to be discarded.
@@ -136,6 +143,61 @@ fn a_guest_gives_pages_of_2_mib_and_takes_them_back() {
         .run(&format!("insmod /lib/modules/{MODULE}.ko"))
         .unwrap();
     wait_for_balloon(&mut machine, TARGET_MIB * MIB);
+    assert!(machine.verify_working_set(&set).unwrap());
+    assert!(!machine.log().contains("BUG"), "{}", machine.log());
+}
+
+#[test]
+fn a_guest_without_large_pages_gives_small_ones_and_exchanges_them_later() {
+    let config = config().packed().backing(Backing::Memfd);
+    let Some(mut machine) = start("memballoon, fragmented", &config) else {
+        return;
+    };
+    let set = machine.make_working_set("data", WORKING_SET_MIB).unwrap();
+    inflate(&mut machine, 64);
+    // All large pages go to another use.
+    machine
+        .run_within("echo 1000 >/proc/sys/vm/nr_hugepages", PATIENCE)
+        .unwrap();
+
+    // What there was stays in the balloon, page by page, and what comes is small.
+    let small = inflate(&mut machine, 64 + SMALL_MIB);
+    assert_eq!(attribute(&mut machine, "page_bytes"), 4096);
+    assert_eq!(attribute(&mut machine, "small_bytes"), SMALL_MIB * MIB);
+    assert_eq!(attribute(&mut machine, "negotiations"), 1);
+    let host = machine.host_memory_bytes().unwrap();
+    assert!(machine.verify_working_set(&set).unwrap());
+
+    // The kernel may move single pages: each is exchanged for the one that it goes to.
+    machine
+        .run_within("echo 0 >/proc/sys/vm/nr_hugepages", PATIENCE)
+        .unwrap();
+    machine
+        .run_within("echo 1 >/proc/sys/vm/compact_memory", PATIENCE)
+        .unwrap();
+    let moved = attribute(&mut machine, "exchanged_bytes");
+    assert!(moved > 0);
+    wait_for_balloon(&mut machine, (64 + SMALL_MIB) * MIB);
+
+    // Small pages are exchanged for large ones, and then large ones are all there is.
+    set_attribute(&mut machine, "compact", 1);
+    assert_eq!(
+        attribute(&mut machine, "exchanged_bytes"),
+        moved + SMALL_MIB * MIB
+    );
+    wait_for_balloon(&mut machine, (64 + SMALL_MIB) * MIB);
+    assert_eq!(attribute(&mut machine, "small_bytes"), 0);
+    assert_eq!(attribute(&mut machine, "page_bytes"), 2 * MIB);
+    let counters = machine.counters().unwrap();
+    let returned = counters["returned-bytes"].as_u64().unwrap();
+    assert!(
+        returned >= moved + SMALL_MIB * MIB,
+        "{small}, then {counters}"
+    );
+    // An exchange needs no memory of the host.
+    assert!(machine.host_memory_bytes().unwrap() <= host + 16 * MIB);
+    inflate(&mut machine, 0);
+    machine.touch_memory(320).unwrap();
     assert!(machine.verify_working_set(&set).unwrap());
     assert!(!machine.log().contains("BUG"), "{}", machine.log());
 }

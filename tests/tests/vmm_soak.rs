@@ -60,7 +60,7 @@ impl Soak {
     }
 }
 
-/// The kinds of guests, by their place among them.
+/// The kinds of guests, by their place among them: a half of them with packed rings.
 fn config(place: u64) -> GuestConfig {
     let backings = [Backing::Anonymous, Backing::Memfd { offset_bytes: 0 }];
     let backing = backings[usize::from(place % 2 == 1)];
@@ -79,6 +79,9 @@ fn config(place: u64) -> GuestConfig {
         config.selected &= !AEROSTAT_FEATURE_MUST_TELL_HOST;
     }
     config.elements = place % 8 == 7;
+    // Where the library sees rings at all.
+    config.settings.packed |= place % 16 >= 8;
+    config.settings.in_order |= place % 32 >= 16;
     config
 }
 

@@ -6,12 +6,11 @@
 
 use crate::mapping::{Slot, translate};
 use crate::message::VringAddr;
-use crate::wake::signal;
 use aerostat_device::memory::Gpa;
-use aerostat_device::{GuestMemory, QueueConfig, QueuePosition, RingConfig};
+use aerostat_device::{GuestMemory, QueueConfig, QueuePosition, RingConfig, signal_shared};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 /// The most entries of a ring (virtio 1.2, "Split Virtqueues", "Packed Virtqueues").
 const MAX_ENTRIES: u32 = 32768;
@@ -148,8 +147,8 @@ impl Ring {
 
     /// Tells the front-end that the ring broke.
     pub(crate) fn signal_error(&self) {
-        if let Some(err) = &self.err {
-            signal(err.as_fd());
+        if let Some(err) = self.err.as_ref().and_then(|err| err.try_clone().ok()) {
+            signal_shared(err);
         }
     }
 

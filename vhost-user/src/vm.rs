@@ -10,7 +10,7 @@ use crate::wake::Wake;
 use aerostat_device::memory::{BALLOON_PAGE_BYTES, NodeId, PfnRange};
 use aerostat_device::{
     Device, DeviceConfig, DeviceKind, DeviceState, Error, GuestStats, HintState, History,
-    HistoryEntry, Runtime, WriteBehind,
+    HistoryEntry, Runtime, Sharer, WriteBehind,
 };
 use parking_lot::Mutex;
 use std::fs::File;
@@ -175,6 +175,7 @@ impl Vm {
                 features: self.offer.features,
                 config_event: Some(config_event),
                 completion_event: None,
+                calls_shared_with: Sharer::Untrusted,
             },
             Arc::clone(&self.history),
         )?;

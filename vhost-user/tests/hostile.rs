@@ -14,6 +14,8 @@ use common::frontend::{
     USER_BASE, config, mem_table, request, vring_addr,
 };
 use common::{Backend, Control};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{OFlags, fcntl_setfl};
 use serde_json::json;
 use std::fs::File;
 use std::io::Write;
@@ -373,6 +375,73 @@ fn memory_that_is_taken_away_ends_the_session_each_time() {
         control.wait_for_state("disconnected");
         scene.check_recovery();
     }
+}
+
+/// O_NONBLOCK belongs to the open file, which the peer has as well. There is one worker for both machines.
+#[test]
+fn a_peer_that_makes_its_eventfds_block_and_fills_them_keeps_nobody_waiting() {
+    let mut scene = Scene::new();
+    for semaphore in [EventfdFlags::empty(), EventfdFlags::SEMAPHORE] {
+        let mut guest = Guest::new();
+        for ring in &mut guest.rings {
+            ring.call = eventfd(0, EventfdFlags::CLOEXEC | semaphore).unwrap();
+            ring.err = eventfd(0, EventfdFlags::CLOEXEC | semaphore).unwrap();
+        }
+        let mut frontend = Frontend::run(&scene.backend.socket(0), &guest);
+        guest.inflate(FIRST_FREE_PFN..FIRST_FREE_PFN + 1);
+        for event in guest.rings.iter().flat_map(|ring| [&ring.call, &ring.err]) {
+            fill(event);
+        }
+        // Each of these is told of on a call eventfd that is full.
+        for page in 0..20 {
+            guest.inflate(FIRST_FREE_PFN + page..FIRST_FREE_PFN + page + 1);
+            scene.check();
+        }
+        // A broken ring is told of on an error eventfd that is full.
+        let avail = guest.rings[1].base + 0x1002;
+        guest.write(avail, &0x4000_u16.to_le_bytes());
+        guest.kick(1);
+        scene.check();
+        // The session itself goes on, too.
+        assert_eq!(frontend.get_config(0, 16).len(), 16);
+        scene.check();
+        drop(frontend);
+    }
+    scene.check_recovery();
+}
+
+/// Takes the counter as high as it goes, and has whoever writes to it wait.
+fn fill(event: &OwnedFd) {
+    fcntl_setfl(event, OFlags::NONBLOCK).unwrap();
+    let mut count = [0; 8];
+    while rustix::io::read(event, &mut count).is_ok() {}
+    rustix::io::write(event, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    fcntl_setfl(event, OFlags::empty()).unwrap();
+    let mut fds = [PollFd::new(event, PollFlags::OUT)];
+    let at_once = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    assert_eq!(
+        poll(&mut fds, Some(&at_once)).unwrap(),
+        0,
+        "a write would wait"
+    );
+}
+
+#[test]
+fn pipes_for_interrupts_are_refused() {
+    let mut scene = Scene::new();
+    let mut guest = Guest::new();
+    let (_read, pipe) = std::io::pipe().unwrap();
+    guest.rings[0].call = pipe.into();
+    let mut frontend = scene.negotiated();
+    assert!(frontend.set_mem_table(&guest));
+    frontend.describe_ring(&guest, 0);
+    assert!(frontend.vring(request::SET_VRING_ENABLE, 0, 1));
+    assert!(!frontend.vring_fd(request::SET_VRING_KICK, 0, guest.rings[0].kick.as_fd()));
+    drop(frontend);
+    scene.check_recovery();
 }
 
 #[test]

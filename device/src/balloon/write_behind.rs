@@ -10,7 +10,7 @@ use crate::memory::{GuestMemory, Pfn, PfnRange};
 use crate::metrics::Books;
 use crate::pages::frames::Frames;
 use crate::pages::ranges::{coalesce_pages, coalesce_ranges};
-use crossbeam_channel::Receiver;
+use crate::sync::channel::{Receiver, Sender, bounded};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -195,7 +195,7 @@ impl Balloon {
         let Some(load) = load else {
             return false;
         };
-        let (end, done) = crossbeam_channel::bounded(0);
+        let (end, done) = bounded(0);
         let (memory, books) = (Arc::clone(memory), Arc::clone(books));
         let (discarder, pieces, landed) = (discarder.alone(), load.bridged.clone(), landed.clone());
         let node = pieces.first().and_then(|piece| self.node(piece));
@@ -203,7 +203,7 @@ impl Balloon {
             load.carry_out(&memory, &discarder, &books);
             // Whoever waits may unmap the memory as soon as the channel closes.
             drop(memory);
-            drop::<crossbeam_channel::Sender<()>>(end);
+            drop::<Sender<()>>(end);
             landed();
         });
         self.window.launch(Flight { pieces, done });

@@ -15,6 +15,7 @@ pub use window::WriteBehind;
 
 use crate::memory::GuestMemory;
 use crate::runtime::Pool;
+use crate::sync::step;
 use plan::{Batch, Piece, Plan};
 use probe::Capabilities;
 use std::panic::catch_unwind;
@@ -152,6 +153,7 @@ impl Discarder {
 
 /// Runs one batch in this thread.
 fn run(memory: &GuestMemory, capabilities: &Capabilities, batch: &Batch) -> Outcome {
+    step();
     let start = std::time::Instant::now();
     // Should a call ever panic, its ranges count as not freed (I4).
     let calls = catch_unwind(|| primitive::discard(memory, capabilities, batch));

@@ -9,7 +9,7 @@ use super::plan::Piece;
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, Pfn, PfnRange};
 use crate::pages::frames::Frames;
 use crate::pages::ownership::Ownership;
-use crossbeam_channel::Receiver;
+use crate::sync::channel::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 /// When a window is flushed. Zero bytes turn write-behind off.
@@ -269,9 +269,7 @@ impl Window {
 
     /// Forgets parts that are done.
     pub(crate) fn land(&mut self) {
-        let under_way = |flight: &Flight| {
-            flight.done.try_recv() != Err(crossbeam_channel::TryRecvError::Disconnected)
-        };
+        let under_way = |flight: &Flight| flight.done.try_recv() != Err(TryRecvError::Disconnected);
         self.flights.retain(under_way);
     }
 

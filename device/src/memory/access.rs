@@ -3,6 +3,7 @@
 
 use super::{Gpa, GuestMemory};
 use crate::error::{Error, Result};
+use crate::sync::step;
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
@@ -200,6 +201,7 @@ impl HostArea {
     }
 
     fn at<T>(&self, offset: usize) -> *mut T {
+        step();
         let size = size_of::<T>();
         assert!(
             offset.is_multiple_of(size) && offset + size <= self.len,

@@ -5,7 +5,7 @@ use super::chain::{Chain, Segment};
 use super::{Ring, RingError};
 use crate::event::EventFd;
 use crate::memory::{GuestMemory, IoVec};
-use crossbeam_channel::Sender;
+use crate::sync::channel::Sender;
 use std::collections::VecDeque;
 use std::sync::Arc;
 

@@ -7,7 +7,8 @@
 //! eventfd in the same epoll instance wakes a worker for it.
 //!
 //! System calls of the workers (for seccomp filters): epoll_wait, poll, read, write, futex, madvise,
-//! process_madvise, fallocate, sendto, timerfd_settime, rt_sigprocmask, sched_setaffinity, sched_yield, clock_gettime, mmap, munmap, exit.
+//! process_madvise, fallocate, sendto, timerfd_settime, rt_sigprocmask, sched_setaffinity, sched_yield, clock_gettime, mmap, munmap, exit;
+//! io_submit and io_getevents where call eventfds are shared with somebody who is not trusted ([`crate::Sharer`]).
 
 mod signals;
 mod timer;
@@ -113,9 +114,26 @@ impl Runtime {
         }))
     }
 
+    /// The same for models of threads, on a host with processors to spare: the threads of a model are the
+    /// workers, and call [`Self::turn`].
+    #[cfg(all(test, loom))]
+    pub(crate) fn modelled(capabilities: Arc<Capabilities>) -> Arc<Self> {
+        let node = topology::Node {
+            id: crate::memory::NodeId(0),
+            cpus: None,
+            processors: 8,
+        };
+        let host = topology::Host::of_nodes(vec![node]);
+        Arc::new(Self {
+            pool: Arc::new(Pool::new(host, &[1]).expect("an epoll instance")),
+            capabilities,
+            threads: Vec::new(),
+        })
+    }
+
     /// Does one piece of the work that waits; false if there is none. For [`Self::inline`] only. Without
     /// `parts`, discards that were handed to another worker stay undone.
-    #[cfg(feature = "fuzzing")]
+    #[cfg(any(feature = "fuzzing", loom))]
     #[doc(hidden)]
     pub fn turn(&self, parts: bool) -> bool {
         self.pool.work_inline(parts)

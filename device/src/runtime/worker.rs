@@ -14,8 +14,10 @@ use crate::error::{Error, Result};
 use crate::event::EventFd;
 use crate::memory::{NodeId, Pfn, PfnRange};
 use crate::ring::chain::Chain;
-use crossbeam_channel::{Receiver, Select, Sender, unbounded};
-use parking_lot::RwLock;
+#[cfg(not(loom))]
+use crate::sync::channel::Select;
+use crate::sync::channel::{Receiver, Sender, unbounded};
+use crate::sync::{RwLock, step};
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -180,6 +182,7 @@ impl Station {
     /// Sleeps until there is something to do, or only looks whether there is; returns the mark of
     /// what was signalled.
     fn wait(&self, sleep: bool) -> Option<u64> {
+        step();
         let timeout = if sleep { -1 } else { 0 };
         let mut event = libc::epoll_event { events: 0, u64: 0 };
         self.asleep.fetch_add(u32::from(sleep), Ordering::Relaxed);
@@ -342,6 +345,7 @@ impl Pool {
 
     /// Waits for the next value, or for the end of the channel, and runs parts meanwhile: those of any
     /// node, as all workers of one may be waiting for what the caller has locked.
+    #[cfg(not(loom))]
     pub(crate) fn wait_helping<T>(&self, values: &Receiver<T>) -> Option<T> {
         loop {
             let mut select = Select::new();
@@ -361,6 +365,22 @@ impl Pool {
                 && let Ok(part) = ready.recv(&station.parts.1)
             {
                 run_caught(part);
+            }
+        }
+    }
+
+    /// The same for a model, where looking again is waiting.
+    #[cfg(loom)]
+    pub(crate) fn wait_helping<T>(&self, values: &Receiver<T>) -> Option<T> {
+        loop {
+            match values.try_recv() {
+                Err(crate::sync::channel::TryRecvError::Empty) => {}
+                value => return value.ok(),
+            }
+            let parts = |station: &Station| station.parts.1.try_recv().ok();
+            match self.stations.iter().find_map(parts) {
+                Some(part) => run_caught(part),
+                None => loom::thread::yield_now(),
             }
         }
     }
@@ -395,7 +415,8 @@ impl Pool {
     fn work_once(&self, station: &Station, scratch: &mut Scratch, may_sleep: bool) -> bool {
         // One part, one kick and one waiting device a turn: none can keep the others from theirs.
         let part = station.parts.1.try_recv().map(run_caught).is_ok();
-        self.serve_once(station, scratch, may_sleep, may_sleep && !part) || part
+        let lingers = may_sleep || cfg!(loom);
+        self.serve_once(station, scratch, lingers, may_sleep && !part) || part
     }
 
     /// The same without the parts; `lingers` says whether it may look longer at what it has served.
@@ -421,7 +442,7 @@ impl Pool {
 
     /// What a worker of the first station would do next, done by the calling thread. Without `parts`, the
     /// worker that should run those is slow.
-    #[cfg(feature = "fuzzing")]
+    #[cfg(any(feature = "fuzzing", loom))]
     pub(super) fn work_inline(&self, parts: bool) -> bool {
         let mut scratch = Scratch::default();
         self.stations.first().is_some_and(|station| {
@@ -487,6 +508,6 @@ pub(super) fn spawn(pool: &Arc<Pool>, station: usize, number: u32) -> Result<Joi
         })
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 #[path = "worker_tests.rs"]
 mod tests;

@@ -10,15 +10,16 @@ use super::{Service, Shared};
 use crate::device::DeviceState;
 use crate::metrics::Books;
 use crate::runtime::{Patience, Scratch};
-use std::hint::spin_loop;
-use std::time::{Duration, Instant};
+use crate::sync::{Instant, spin_loop};
+use std::time::Duration;
 
 /// How long to look after the last buffer: a guest that allocates 256 pages and is woken by an interrupt
 /// takes some 50 us from one buffer to the next.
 const LINGER: Duration = Duration::from_micros(100);
 
-/// How often to pause between two looks: other processors get at the lock and the ring meanwhile.
-const PAUSES: u32 = 16;
+/// How often to pause between two looks: other processors get at the lock and the ring meanwhile. In a
+/// model, once lets all others go on.
+const PAUSES: u32 = if cfg!(loom) { 1 } else { 16 };
 
 /// Whether a guest's buffers come one soon after the other.
 #[derive(Debug, Default)]

@@ -4,7 +4,7 @@
 //! left (`Balloon::report`) is, as soon as somebody waits.
 
 use super::Service;
-use parking_lot::{Mutex, MutexGuard};
+use crate::sync::{Mutex, MutexGuard};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -146,8 +146,7 @@ impl Host {
         let config = DeviceConfig {
             kind: KIND,
             features: KIND.supported_features(),
-            config_event: None,
-            completion_event: None,
+            ..DeviceConfig::default()
         };
         let device = Device::new(&self.runtime, config).expect("a device");
         let table = self.guest.table(regions, pinned);

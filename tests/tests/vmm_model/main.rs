@@ -1,7 +1,8 @@
 //! Random sequences of guest actions and C calls against a model that is simple enough to be right:
 //! a set of ballooned pages, those of them that wait to be discarded, the contents that every page should
 //! have, and the books that follow (invariants I1, I2, I4). Stock guests and guests that know of refusals and
-//! host resets, with rings and with elements, discarding at once and with write-behind.
+//! host resets and hint free pages, with split rings, packed ones and elements, discarding at once and with
+//! write-behind.
 //!
 //! The seed is printed; `AEROSTAT_SEED` runs one again, `AEROSTAT_MODEL_SECONDS` runs longer.
 #![expect(
@@ -9,6 +10,7 @@
     reason = "page frame numbers and sizes of these guests are small"
 )]
 
+mod hints;
 mod model;
 
 use aerostat::{
@@ -96,7 +98,7 @@ fn removable() -> RegionSpec {
 
 /// One random step; says what it was.
 fn step(random: &mut Random, guest: &mut Guest, model: &mut Model, first: u64) -> Result<String> {
-    Ok(match random.below(26) {
+    Ok(match random.below(30) {
         0..=6 => {
             let pfns = some_pfns(random, model, first);
             if model.refuses {
@@ -144,6 +146,7 @@ fn step(random: &mut Random, guest: &mut Guest, model: &mut Model, first: u64) -
         17 if random.below(4) == 0 => {
             guest.restart_driver()?;
             model.clear();
+            model.rounds.reset();
             model.books.acknowledged = model.books.host_resets;
             model.late = false;
             "reset".to_owned()
@@ -181,6 +184,9 @@ fn step(random: &mut Random, guest: &mut Guest, model: &mut Model, first: u64) -
             tell_statistics(random, guest)?;
             model.flush_if_settled();
             "statistics".to_owned()
+        }
+        24..=27 if guest.config().offered & AEROSTAT_FEATURE_FREE_PAGE_HINT != 0 => {
+            hints::step(random, guest, model, first)?
         }
         _ => {
             write(random, guest, model, first);
@@ -263,7 +269,11 @@ fn boot(random: &mut Random, vmm: &Vmm) -> Result<(Guest, Model)> {
     let mut config = GuestConfig::with_regions(regions.clone());
     config.elements = random.below(3) == 0;
     let extensions = [0, AEROSTAT_FEATURE_PAGE_REFUSAL][random.below(2) as usize]
-        | [0, AEROSTAT_FEATURE_HOST_RESET][random.below(2) as usize];
+        | [0, AEROSTAT_FEATURE_HOST_RESET][random.below(2) as usize]
+        | [0, AEROSTAT_FEATURE_FREE_PAGE_HINT][random.below(2) as usize];
+    // Where the library sees rings at all.
+    config.settings.packed |= random.below(2) == 0;
+    config.settings.in_order |= random.below(4) == 0;
     config.offered = GuestConfig::LINUX & !AEROSTAT_FEATURE_FREE_PAGE_HINT | extensions;
     config.selected = config.offered;
     let guest = vmm.boot(&config)?;

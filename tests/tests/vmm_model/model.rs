@@ -1,5 +1,6 @@
 //! The model: simple enough to be right.
 
+use super::hints::Rounds;
 use aerostat_tests::vmm::allocator::mix;
 use aerostat_tests::vmm::ram::RegionSpec;
 use aerostat_tests::vmm::{Guest, PAGE_BYTES, Result};
@@ -56,6 +57,7 @@ pub(super) struct Model {
     pub(super) target: u64,
     /// A host reset was not acknowledged.
     pub(super) late: bool,
+    pub(super) rounds: Rounds,
     pub(super) books: Books,
 }
 

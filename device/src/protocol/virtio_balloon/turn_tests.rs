@@ -32,7 +32,7 @@ fn chains_of_empty_buffers_are_one_to_a_turn() {
         Role::Reporting,
     ] {
         let waiting = VecDeque::from([(); 3].map(|()| of_empty_buffers(role == Role::Reporting)));
-        let (completions, _receiver) = crossbeam_channel::unbounded();
+        let (completions, _receiver) = crate::sync::channel::unbounded();
         let mut source = Source::Elements(ElementQueue {
             index: 0,
             waiting,
