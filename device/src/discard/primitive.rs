@@ -151,9 +151,9 @@ fn vectored(process: i32, ranges: &[HostRange], outcome: &mut Calls) {
 }
 
 /// Takes ranges of files out of this process's page tables, many a call, before they are punched one a
-/// call. Every punch of a page that is mapped has the processors that run the guest forget its address
-/// and waits for them, which takes longer than all the rest; so they do it once for all ranges. It is no
-/// more than that: the pages stay in their file until they are punched, and what fails here is done then.
+/// call: what a punch does to a page that is mapped, walking the tables and having other processors forget
+/// its address, is done once for all of them (docs/performance.md has what that saves). It is no more than
+/// that: the pages stay in their file until they are punched, and what fails here is done then.
 fn unmap(process: i32, memory: &GuestMemory, ranges: &[HostRange], outcome: &mut Calls) {
     if ranges.len() < 2 {
         return;
