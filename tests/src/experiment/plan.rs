@@ -37,7 +37,7 @@ pub struct Plan {
     #[arg(long, value_name = "MIB", default_value_t = 72)]
     pub peak_mib: u64,
     /// How often each guest goes through its phases
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     pub repeat: u32,
     /// Limits that aerostatd keeps in the guests' cgroups: none, high, high-and-max
     #[arg(long, default_value = "none")]
