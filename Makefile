@@ -59,7 +59,7 @@ SETTINGS ?= packed write-behind packed,in-order,write-behind
 
 suites:
 	for settings in $(SETTINGS); do \
-		AEROSTAT_TEST_SETTINGS=$$settings $(CARGO) test -p aerostat-tests --no-fail-fast $(SUITES) || exit 1; \
+		AEROSTAT_TEST_SETTINGS=$$settings $(CARGO) test --workspace --no-fail-fast $(SUITES) || exit 1; \
 	done
 
 # Needs no nightly toolchain; see scripts/fuzz. What it finds is in target/fuzz.

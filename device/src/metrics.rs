@@ -132,14 +132,16 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// Of what an entry took out of the balloon, what the host had: pages that were waiting or held never
-    /// left the guest, and one page of a huge frame brings all of the frame back.
-    fn returning_since(&self, before: &Self) -> u64 {
+    /// What an entry gave back to the host; and of what it took out of the balloon, what the host had:
+    /// pages that were waiting or held never left the guest, and one page of a huge frame brings all of the
+    /// frame back.
+    fn moved_since(&self, before: &Self) -> (u64, u64) {
         let grown = |count: fn(&Self) -> u64| count(self).wrapping_sub(count(before));
+        let reclaimed = grown(|counters| counters.balloon.discarded_bytes);
         let returned = grown(|counters| counters.returned_bytes);
         let reopened = grown(|counters| counters.balloon.reopened_bytes);
         let withdrawn = grown(|counters| counters.balloon.withdrawn_bytes);
-        (returned + reopened).saturating_sub(withdrawn)
+        (reclaimed, (returned + reopened).saturating_sub(withdrawn))
     }
 }
 
@@ -182,21 +184,19 @@ impl Books {
             });
             return;
         };
-        let (before, after) = {
+        let moved: Vec<(u64, u64)> = {
             let mut nodes = self.nodes.lock();
             let before = nodes.clone();
             enter(&mut Entry { nodes: &mut nodes });
-            (before, nodes.clone())
+            let pages = before.iter().zip(nodes.iter());
+            let moved = pages.map(|(before, after)| after.moved_since(before));
+            moved.collect()
         };
-        let nodes = (0..).map(NodeId).map(Some).take(after.len() - 1);
-        let pages = before.iter().zip(&after);
-        for (node, (before, after)) in nodes.chain([None]).zip(pages) {
-            let discarded = |counters: &Counters| counters.balloon.discarded_bytes;
-            let reclaimed = discarded(after).wrapping_sub(discarded(before));
+        let nodes = (0..).map(NodeId).map(Some).take(moved.len() - 1);
+        for (node, (reclaimed, returning)) in nodes.chain([None]).zip(moved) {
             if reclaimed > 0 {
                 accountant.reclaimed(node, reclaimed);
             }
-            let returning = after.returning_since(before);
             if returning > 0 {
                 accountant.returning(node, returning);
             }

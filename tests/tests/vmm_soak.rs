@@ -212,14 +212,7 @@ impl Life<'_> {
         self.guest.device().set_target(8 * MIB)?;
         // What the driver said before it saw that its balloon was reset is said of another balloon.
         if self.guest.config().offered & AEROSTAT_FEATURE_HOST_RESET != 0 {
-            let deadline = Instant::now() + PATIENCE;
-            while {
-                let (id, acknowledged) = self.guest.driver().reset_fields()?;
-                id != acknowledged
-            } {
-                assert!(Instant::now() < deadline, "the reset is not acknowledged");
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            self.guest.wait_host_reset(PATIENCE)?;
         }
         self.guest.wait_actual(8 * MIB, PATIENCE)?;
         self.guest.stop_following();

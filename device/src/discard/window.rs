@@ -190,10 +190,7 @@ impl Window {
             let touched = self.touched.get_mut(piece.region);
             if let (Some(bitmap), Some(touched)) = (bitmap, touched) {
                 bitmap.insert(piece.range, |run| self.waiting_bytes += run.bytes());
-                *touched = Some(touched.map_or(piece.range, |touched| PfnRange {
-                    start: touched.start.min(piece.range.start),
-                    end: touched.end.max(piece.range.end),
-                }));
+                stretch(touched, piece.range);
             }
         }
         if self.since.is_none() && !self.is_empty() {
@@ -215,14 +212,8 @@ impl Window {
             last = last.max(page);
         }
         if count > 0 {
-            let added = PfnRange {
-                start: first,
-                end: Pfn(last.0 + 1),
-            };
-            *touched = Some(touched.map_or(added, |touched| PfnRange {
-                start: touched.start.min(added.start),
-                end: touched.end.max(added.end),
-            }));
+            let end = Pfn(last.0 + 1);
+            stretch(touched, PfnRange { start: first, end });
             self.waiting_bytes += count << BALLOON_PAGE_SHIFT;
             self.since.get_or_insert_with(Instant::now);
         }
@@ -409,4 +400,12 @@ impl Window {
         }
         load
     }
+}
+
+/// Has `touched` reach over `added` too.
+fn stretch(touched: &mut Option<PfnRange>, added: PfnRange) {
+    *touched = Some(touched.map_or(added, |touched| PfnRange {
+        start: touched.start.min(added.start),
+        end: touched.end.max(added.end),
+    }));
 }

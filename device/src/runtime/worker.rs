@@ -508,6 +508,7 @@ pub(super) fn spawn(pool: &Arc<Pool>, station: usize, number: u32) -> Result<Joi
         })
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 #[path = "worker_tests.rs"]
 mod tests;

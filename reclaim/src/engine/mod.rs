@@ -11,7 +11,7 @@
 //! cgroups, targets are in the devices. So it may be killed at any moment (I5).
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -393,6 +393,12 @@ fn make_policy(config: &Config) -> Box<dyn Policy> {
     // The name was checked with the rest of the configuration.
     policy::by_name(&config.policy.name, &config.policy)
         .unwrap_or_else(|| Box::new(policy::Aerostat::new(config.policy.clone())))
+}
+
+/// Decisions by the VM that each is about.
+fn by_vm(decisions: &[Decision]) -> HashMap<&VmId, &Decision> {
+    let decisions = decisions.iter();
+    decisions.map(|decision| (&decision.vm, decision)).collect()
 }
 
 /// The VMs that are there by the configuration now, and how they are reached.

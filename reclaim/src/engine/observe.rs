@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    Engine,
+    Engine, by_vm,
     fleet::{Member, Settings, Where},
     limits::cgroup_of,
     status::{Condition, HostStatus, LedgerStatus, Status, VmStatus},
@@ -116,10 +116,7 @@ impl Engine {
         if !balanced {
             tracing::error!("the ledger does not balance; please report this");
         }
-        let by_vm: HashMap<&VmId, &Decision> = decisions
-            .iter()
-            .map(|decision| (&decision.vm, decision))
-            .collect();
+        let by_vm = by_vm(decisions);
         let mut vms = Vec::with_capacity(self.members.len());
         for ((vm, member), sample) in self.members.iter_mut().zip(&self.sample.vms) {
             let decision = by_vm.get(vm).copied();

@@ -1,8 +1,8 @@
 //! From decisions to steps that keep the books and the floor.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::path::PathBuf;
 
-use super::{Engine, fleet::Where, worker::Step};
+use super::{Engine, by_vm, fleet::Where, worker::Step};
 use crate::{
     config::Limits,
     ledger::{
@@ -164,10 +164,7 @@ impl Engine {
     pub(super) fn act(&mut self, decisions: &[Decision]) {
         let mut pool = u64::try_from(self.ledger.lock().pool_bytes()).unwrap_or(0);
         let tight = self.wanting_bytes > 0;
-        let by_vm: BTreeMap<&VmId, &Decision> = decisions
-            .iter()
-            .map(|decision| (&decision.vm, decision))
-            .collect();
+        let by_vm = by_vm(decisions);
         // Limits follow the balloons also of VMs about which nothing was decided.
         let vms = self.sample.vms.iter();
         let mut plans: Vec<Plan> = vms

@@ -421,20 +421,11 @@ impl Guest {
     /// # Errors
     /// Something stays pending.
     pub fn settled_books(&self) -> Result<aerostat_counters> {
-        let deadline = Instant::now() + Duration::from_secs(5);
-        loop {
+        poll("pending discards", Duration::from_secs(5), || {
             let counters = self.books()?;
-            if counters.balloon.pending_bytes + counters.report.pending_bytes == 0 {
-                return Ok(counters);
-            }
-            if Instant::now() > deadline {
-                return Err(VmmError::TimedOut {
-                    what: "pending discards",
-                    millis: 5000,
-                });
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
+            let pending = counters.balloon.pending_bytes + counters.report.pending_bytes;
+            Ok((pending == 0).then_some(counters))
+        })
     }
 
     /// Waits until the guest says that its balloon has `bytes`.
@@ -442,17 +433,20 @@ impl Guest {
     /// # Errors
     /// It does not in time.
     pub fn wait_actual(&self, bytes: u64, timeout: Duration) -> Result<()> {
-        let deadline = Instant::now() + timeout;
-        while self.device.query()?.actual_bytes != bytes {
-            if Instant::now() > deadline {
-                return Err(VmmError::TimedOut {
-                    what: "the balloon's target",
-                    millis: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
-                });
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Ok(())
+        poll("the balloon's target", timeout, || {
+            Ok((self.device.query()?.actual_bytes == bytes).then_some(()))
+        })
+    }
+
+    /// Waits until the driver, which follows its target, has seen that the host reset its balloon.
+    ///
+    /// # Errors
+    /// It has not in time.
+    pub fn wait_host_reset(&self, timeout: Duration) -> Result<()> {
+        poll("the acknowledgement of a host reset", timeout, || {
+            let (id, acknowledged) = self.driver.lock().reset_fields()?;
+            Ok((id == acknowledged).then_some(()))
+        })
     }
 
     /// Replaces the guest's memory: hot-add with `add`, hot-remove with the `remove`d region's
@@ -550,4 +544,23 @@ fn buffers_of(config: &GuestConfig) -> (u64, u64) {
 fn lowest(config: &GuestConfig) -> u64 {
     let starts = config.regions.iter().map(|region| region.gpa);
     starts.min().unwrap_or(0)
+}
+
+/// Looks every millisecond until there is something.
+fn poll<T>(
+    what: &'static str,
+    timeout: Duration,
+    look: impl Fn() -> Result<Option<T>>,
+) -> Result<T> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        if let Some(seen) = look()? {
+            return Ok(seen);
+        }
+        if Instant::now() > deadline {
+            let millis = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+            return Err(VmmError::TimedOut { what, millis });
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
