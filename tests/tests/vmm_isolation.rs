@@ -158,11 +158,11 @@ fn a_guest_with_endless_work_leaves_turns_to_others() -> Result<()> {
     // The largest list there is, in no order, of pages that are not there.
     let list = 4 * MIB;
     let far = |index: u64| (mix(index) as u32 | 1 << 31).to_le_bytes();
-    hostile.write(list, &(0..1 << 11).flat_map(far).collect::<Vec<u8>>());
+    hostile.write(list, &(0..1 << 10).flat_map(far).collect::<Vec<u8>>());
     for index in 0..size {
         let whole = Raw {
             gpa: list,
-            len: 4 << 11,
+            len: 4 << 10,
             ..Raw::default()
         };
         hostile.descriptor(index, whole);

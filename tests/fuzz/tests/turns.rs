@@ -44,7 +44,7 @@ const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
 /// The bounds of a turn: entries that a list may have, and that end a batch; so many may be served in one.
-const MAX_ENTRIES: u64 = 2048 + 2047;
+const MAX_ENTRIES: u64 = 1024 + 1023;
 
 /// How long the other guest may wait: a turn that is under way, and one more. The limit is for unoptimised
 /// builds on slow machines; docs/testing.md has what was measured.
@@ -252,30 +252,30 @@ fn lists(machine: &mut Machine, queue: u16, pages: impl Iterator<Item = u64>) {
 
 /// Every other page of as many as one list may name: none merges with another.
 fn scattered(first: u64) -> impl Iterator<Item = u64> {
-    (0..2048).map(move |number| first + 2 * number)
+    (0..1024).map(move |number| first + 2 * number)
 }
 
 const LOADS: [(&str, Load); 8] = [
     ("scattered pages of private memory", |machine| {
-        machine.touch(PRIVATE, 4096);
+        machine.touch(PRIVATE, 2048);
         lists(machine, INFLATE, scattered(PRIVATE));
     }),
     ("scattered pages of a file", |machine| {
-        machine.touch(FILE, 4096);
+        machine.touch(FILE, 2048);
         lists(machine, INFLATE, scattered(FILE));
     }),
     (
         "a list just short of the bound before the longest",
         |machine| {
-            machine.touch(PRIVATE, 4096);
-            machine.touch(FILE, 4096);
-            let short = machine.list(BUFFERS, scattered(PRIVATE).take(2047));
+            machine.touch(PRIVATE, 2048);
+            machine.touch(FILE, 2048);
+            let short = machine.list(BUFFERS, scattered(PRIVATE).take(1023));
             let long = machine.list(BUFFERS + 4 * PAGE, scattered(FILE));
             machine.offer(INFLATE, &[vec![short], vec![long]]);
         },
     ),
     ("pages that are not there, in no order", |machine| {
-        let far = (0..2048u64).map(|number| 1 << 31 | (number * 0x9e37_79b9) & 0x7fff_ffff);
+        let far = (0..1024u64).map(|number| 1 << 31 | (number * 0x9e37_79b9) & 0x7fff_ffff);
         lists(machine, INFLATE, far);
     }),
     ("taking back what is not in the balloon", |machine| {
@@ -312,10 +312,10 @@ const LOADS: [(&str, Load); 8] = [
         machine.offer(REPORTING, &chains);
     }),
     ("reports of all memory", |machine| {
-        machine.touch(PRIVATE, 4096);
+        machine.touch(PRIVATE, 2048);
         let all = Buffer {
             gpa: PRIVATE * PAGE,
-            len: 16 << 20,
+            len: 8 << 20,
             flags: WRITE,
         };
         machine.offer(REPORTING, &vec![vec![all]; SIZE.into()]);

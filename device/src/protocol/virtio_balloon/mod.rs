@@ -77,10 +77,10 @@ impl Features {
         .difference(Self::NODE_TARGETS);
 }
 
-/// The most PFNs a chain may carry: 8 MiB of memory; stock drivers send 256 to 1024. More is taken
+/// The most PFNs a chain may carry: 4 MiB of memory; stock drivers send 256 to 1024. More is taken
 /// as malformed, so that a single chain of scattered pages cannot keep a worker, and whoever waits for
 /// the device, busy for longer than about 10 ms (I3).
-const MAX_CHAIN_PFNS: u64 = 1 << 11;
+const MAX_CHAIN_PFNS: u64 = 1 << 10;
 /// A PFN is an le32 (5.5.6.1).
 const PFN_BYTES: u64 = 4;
 /// How much is served before other devices get a turn.
@@ -89,7 +89,7 @@ const MAX_CHAINS_PER_TURN: usize = 256;
 /// of empty buffers, which bring no entry: without this bound a turn would walk millions.
 const MAX_BUFFERS_PER_TURN: usize = 1 << 15;
 /// Listed pages and reported ranges, each of which may cost a discard of its own.
-const MAX_ENTRIES_PER_TURN: usize = 1 << 11;
+const MAX_ENTRIES_PER_TURN: usize = 1 << 10;
 /// Reported memory: 1 GiB, eight times what Linux reports in a chain.
 const MAX_REPORTED_PAGES_PER_TURN: u64 = 1 << 18;
 /// How often a queue that keeps filling up is looked at again within one turn.

@@ -256,10 +256,10 @@ fn a_list_over_the_limit_is_refused_in_bounded_work() {
     let mut nonsense = buffer([FIRST]);
     nonsense.list_bytes = u32::MAX - 4096;
     nonsense.answer = (ANSWER, 4096);
-    // A bit for each of 2048 pages.
-    assert_eq!(bench.serve(false, &nonsense), 256);
-    assert_eq!(bench.get::<256>(ANSWER), [0xff; 256]);
-    assert_eq!(bench.get::<1>(ANSWER + 256), [0]);
+    // A bit for each of 1024 pages.
+    assert_eq!(bench.serve(false, &nonsense), 128);
+    assert_eq!(bench.get::<128>(ANSWER), [0xff; 128]);
+    assert_eq!(bench.get::<1>(ANSWER + 128), [0]);
     assert_eq!(bench.books().chain_errors, 1);
 }
 
