@@ -282,10 +282,22 @@ impl Guest {
     /// A table of the regions whose bits are set; at least the first. With `pin`, all are pinned.
     #[must_use]
     pub fn table(&self, regions: u8, pin: bool) -> Arc<GuestMemory> {
+        self.table_of(regions, pin, 0)
+    }
+
+    /// A table of the regions whose bits are set, of which the guest did not boot with those that are set in
+    /// `extra`.
+    #[must_use]
+    pub fn table_with(&self, regions: u8, extra: u8) -> Arc<GuestMemory> {
+        self.table_of(regions, false, extra)
+    }
+
+    fn table_of(&self, regions: u8, pin: bool, extra: u8) -> Arc<GuestMemory> {
         let chosen = self.regions.iter().enumerate();
         let chosen = chosen.filter(|(index, _)| *index == 0 || regions & (1 << index) != 0);
-        let chosen = chosen.map(|(_, region)| Region {
+        let chosen = chosen.map(|(index, region)| Region {
             pinned: pin || region.pinned,
+            extra: extra & (1 << index) != 0,
             ..region.clone()
         });
         // SAFETY: the mappings stay for the life of the process, nothing else is mapped there, and

@@ -5,17 +5,20 @@
 //! (`tests/corpora.rs`). [`guest`] is the guest's memory with a canary in every byte, [`script`] the
 //! typed input, [`device`] a whole device driven by it in the calling thread, [`saved`] what it may be
 //! restored from; [`session`] talks
-//! vhost-user, [`abi`] calls the C interface.
+//! vhost-user, [`abi`] calls the C interface; [`memballoon`] and [`vmware`] speak the other protocols.
 
 pub mod abi;
 pub mod config;
 pub mod device;
 pub mod driver;
 pub mod guest;
+pub mod ledger;
+pub mod memballoon;
 pub mod oracle;
 pub mod saved;
 pub mod script;
 pub mod session;
+pub mod vmware;
 
 use script::Layout;
 
@@ -23,7 +26,7 @@ use script::Layout;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets, by the names of their corpora.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 9] = [
     ("split", |bytes| device::run(bytes, Layout::Split)),
     ("packed", |bytes| device::run(bytes, Layout::Packed)),
     ("elements", |bytes| device::run(bytes, Layout::Elements)),
@@ -31,6 +34,8 @@ pub const TARGETS: [Target; 7] = [
     ("config", config::run),
     ("session", session::run),
     ("abi", abi::run),
+    ("memballoon", memballoon::run),
+    ("vmware", vmware::run),
 ];
 
 /// Runs the target called `name` once. Unknown names do nothing.

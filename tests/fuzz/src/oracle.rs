@@ -208,7 +208,7 @@ impl Oracle {
 }
 
 /// I4, for the whole and for each node.
-fn check_books(device: &Device, total: &Counters) {
+pub(crate) fn check_books(device: &Device, total: &Counters) {
     for flow in [&total.balloon, &total.report] {
         assert!(flow.balances(), "{flow:?}");
         assert_eq!(flow.skipped_failed_bytes, 0, "{flow:?}");
@@ -227,7 +227,7 @@ fn check_books(device: &Device, total: &Counters) {
 }
 
 /// The pages that the bitmap holds.
-fn recount(device: &Device, guest: &Guest) -> BTreeSet<u64> {
+pub(crate) fn recount(device: &Device, guest: &Guest) -> BTreeSet<u64> {
     let mut balloon = BTreeSet::new();
     for range in device.ballooned_ranges() {
         assert!(guest.may_hold(range), "{range:?} is not in one region");
