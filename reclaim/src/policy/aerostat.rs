@@ -16,7 +16,7 @@ use std::{collections::HashMap, time::Duration};
 use super::{
     amount::{MIB, scaled, whole_pages},
     config::PolicyConfig,
-    demand::{self, HostState},
+    demand::{self, HostState, Trend},
     giving,
     guest::{self, Guest, configured_floor_bytes},
     nodes,
@@ -113,6 +113,7 @@ struct Memory {
     round: u64,
     at: Option<Duration>,
     pressure: Option<Pressure>,
+    trend: Trend,
 }
 
 impl Aerostat {
@@ -133,6 +134,12 @@ impl Policy for Aerostat {
         let memory = &mut self.memory;
         memory.round += 1;
         memory.line_up(&sample.vms);
+        let balloons = sample.vms.iter().map(|vm| vm.ballooned_bytes);
+        let ballooned_bytes = balloons.fold(0, u64::saturating_add);
+        let available_bytes = sample.host.available_bytes;
+        memory
+            .trend
+            .observe(sample.at, available_bytes, ballooned_bytes);
         let round = round(&self.config, sample, memory);
         let mut plans: Vec<Plan<'_>> = Vec::with_capacity(sample.vms.len());
         for (vm, (_, state)) in sample.vms.iter().zip(&mut memory.states) {
@@ -171,7 +178,7 @@ fn round<'a>(config: &'a PolicyConfig, sample: &'a Sample, memory: &Memory) -> R
     Round {
         config,
         sample,
-        host: demand::assess(&sample.host, pressure, guests_bytes, config),
+        host: demand::assess(&sample.host, &memory.trend, pressure, guests_bytes, config),
         period: period.unwrap_or(FIRST_PERIOD),
         number: memory.round,
     }
@@ -203,6 +210,7 @@ fn look<'a>(vm: &'a VmSample, state: &mut VmState, round: &Round<'_>) -> Plan<'a
     plan.settled = false;
     plan.reason = Reason::Steady {
         available_bytes: round.host.available_bytes,
+        expected_bytes: round.host.expected_bytes,
         high_bytes: round.host.high_bytes,
         pending_bytes: plan.guest.pending_bytes,
     };

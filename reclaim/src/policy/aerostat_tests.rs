@@ -31,6 +31,23 @@ fn a3_a_host_below_its_watermark_asks_for_what_lacks() {
 }
 
 #[test]
+fn a3_a_host_whose_memory_falls_fast_asks_before_it_lacks_any() {
+    let mut policy = Aerostat::new(PolicyConfig::default());
+    let mut sample = sample(14 * GIB, vec![guest("a", 8192, 1000, 6000)]);
+    let mut decision = None;
+    // High is 2.56 GiB, and 4 GiB go each second.
+    for _ in 0..3 {
+        decision = policy.decide(&sample).pop();
+        sample.at += Duration::from_secs(1);
+        sample.host.available_bytes -= 4 * GIB;
+    }
+    let decision = decision.unwrap();
+    assert!(decision.target_bytes > GIB, "{decision:?}");
+    let said = decision.reason.to_string();
+    assert!(said.contains("available 6144 MiB, soon"), "{said}");
+}
+
+#[test]
 fn idle_memory_is_taken_before_memory_in_use() {
     let busy = guest("busy", 4096, 2500, 100);
     let idle = guest("idle", 4096, 400, 3000);

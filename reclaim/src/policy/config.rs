@@ -26,6 +26,10 @@ pub struct PolicyConfig {
     /// Available memory beyond high and this, in percent of all, is surplus and goes back.
     pub band_percent: f64,
 
+    /// Available memory counts as what is left of it after this time, if it goes on falling as it does: about
+    /// the time from a decision to memory that is back. 0: as it is.
+    pub look_ahead_ms: u64,
+
     /// Host pressure that is nothing to worry about, in percent of time (PSI "some").
     pub pressure_target_percent: f64,
     /// How much of the guests' memory is asked for at twice the target pressure, in percent, at
@@ -80,6 +84,7 @@ impl Default for PolicyConfig {
             low_percent: 3.0,
             low_bytes: None,
             band_percent: 2.0,
+            look_ahead_ms: 2_000,
             pressure_target_percent: 1.0,
             pressure_gain_percent: 1.0,
             pressure_limit_percent: 10.0,
@@ -209,6 +214,10 @@ impl PolicyConfig {
 
     pub(super) fn hold(&self) -> Duration {
         Duration::from_millis(self.hold_ms)
+    }
+
+    pub(super) fn look_ahead(&self) -> Duration {
+        Duration::from_millis(self.look_ahead_ms)
     }
 
     pub(super) fn stall(&self) -> Duration {

@@ -1,5 +1,7 @@
 //! How much the host lacks (J4, A3): memory available against a watermark, and pressure.
 
+use std::time::Duration;
+
 use super::{
     amount::{ratio, scaled},
     config::PolicyConfig,
@@ -10,6 +12,8 @@ use super::{
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct HostState {
     pub(super) available_bytes: u64,
+    /// What will be available soon, if it goes on falling as it does.
+    pub(super) expected_bytes: u64,
     pub(super) high_bytes: u64,
     pub(super) low_bytes: u64,
     /// What guests should give, before what is on its way is taken off.
@@ -55,9 +59,48 @@ pub(super) struct Recent {
     pub(super) full: f64,
 }
 
+/// How fast available memory falls: an average that forgets in seconds.
+///
+/// Balloons take a period to be asked and another to fill, and guests that begin to work at the same time
+/// use up a small reserve in less.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Trend {
+    bytes_per_second: f64,
+    /// When it was looked at, what was available then, and what was in balloons.
+    last: Option<(Duration, u64, u64)>,
+}
+
+impl Trend {
+    /// The time in which the past loses all but a third of its weight: periods may be much shorter, as
+    /// pressure begins one.
+    const MEMORY_SECONDS: f64 = 1.0;
+
+    /// Takes in a sample. What balloons gave back in the meantime was meant to be used, and is no trend.
+    pub(super) fn observe(&mut self, at: Duration, available_bytes: u64, ballooned_bytes: u64) {
+        let now = (at, available_bytes, ballooned_bytes);
+        let Some((before, available, ballooned)) = self.last.replace(now) else {
+            return;
+        };
+        let seconds = at.saturating_sub(before).as_secs_f64();
+        if seconds <= 0.0 {
+            return;
+        }
+        let given_back = ballooned.saturating_sub(ballooned_bytes);
+        let fall = available.saturating_sub(available_bytes.saturating_add(given_back));
+        let weight = 1.0 - (-seconds / Self::MEMORY_SECONDS).exp();
+        self.bytes_per_second += weight * (fall as f64 / seconds - self.bytes_per_second);
+    }
+
+    /// How much less will be available after this time.
+    fn fall_bytes(&self, time: Duration) -> u64 {
+        scaled(1, self.bytes_per_second * time.as_secs_f64())
+    }
+}
+
 /// `D = max(0, high - available) + g * guests * max(0, pressure / target - 1)`.
 ///
-/// Three things the plain formula lacks:
+/// Four things the plain formula lacks:
+/// - Available is what will be left of it when guests have answered, if it goes on falling as it does.
 /// - Pressure is heard only while less than twice the high watermark is available. A cgroup that is
 ///   throttled by its own limit, or a guest that waits for its disk, raises the host's pressure
 ///   although the host lacks nothing, and no balloon would help.
@@ -66,6 +109,7 @@ pub(super) struct Recent {
 ///   half as high again.
 pub(super) fn assess(
     host: &HostSample,
+    trend: &Trend,
     pressure: Recent,
     guests_bytes: u64,
     config: &PolicyConfig,
@@ -75,7 +119,12 @@ pub(super) fn assess(
     let low_bytes = scaled(config.low_watermark_bytes(host.total_bytes), caution);
     let available_bytes = host.available_bytes;
 
-    let short_bytes = high_bytes.saturating_sub(available_bytes);
+    let ahead = config.look_ahead();
+    let fall_bytes = trend.fall_bytes(ahead);
+    let expected_bytes = available_bytes.saturating_sub(fall_bytes);
+    let short_bytes = high_bytes
+        .saturating_add(fall_bytes)
+        .saturating_sub(available_bytes);
     let near = available_bytes < high_bytes.saturating_mul(2);
     let excess = (pressure.some / config.pressure_target_percent - 1.0).max(0.0);
     let squeezed = if near {
@@ -88,17 +137,18 @@ pub(super) fn assess(
     let calm = excess <= 0.0 && !host.pressure_event;
     HostState {
         available_bytes,
+        expected_bytes,
         high_bytes,
         low_bytes,
         demand_bytes: short_bytes.saturating_add(squeezed),
         surplus_bytes: if calm || !near {
-            available_bytes.saturating_sub(high_bytes.saturating_add(band_bytes))
+            expected_bytes.saturating_sub(high_bytes.saturating_add(band_bytes))
         } else {
             0
         },
         // All tasks waiting a tenth of the time is the beginning of thrashing (systemd-oomd and
         // oomd act between 5 and 60 %, after a longer time).
-        emergency: available_bytes < low_bytes
+        emergency: available_bytes.saturating_sub(trend.fall_bytes(ahead / 2)) < low_bytes
             || near && (pressure.full > 10.0 || host.pressure_event && short_bytes > 0),
     }
 }
@@ -141,6 +191,7 @@ mod tests {
     fn demand_is_what_lacks_to_the_high_watermark() {
         let state = assess(
             &host(5 * GIB),
+            &Trend::default(),
             some(0.0),
             90 * GIB,
             &PolicyConfig::default(),
@@ -154,7 +205,10 @@ mod tests {
     fn pressure_asks_for_more_and_never_for_less() {
         let config = PolicyConfig::default();
         let demands: Vec<u64> = [0.0, 1.0, 2.0, 4.0, 50.0]
-            .map(|percent| assess(&host(7 * GIB), some(percent), 90 * GIB, &config).demand_bytes)
+            .map(|percent| assess(
+            &host(7 * GIB),
+            &Trend::default(),
+            some(percent), 90 * GIB, &config).demand_bytes)
             .to_vec();
         assert!(demands.is_sorted(), "{demands:?}");
         assert_eq!(demands[0], demands[1]);
@@ -166,6 +220,7 @@ mod tests {
     fn pressure_without_shortage_is_not_heard() {
         let state = assess(
             &host(30 * GIB),
+            &Trend::default(),
             some(60.0),
             70 * GIB,
             &PolicyConfig::default(),
@@ -178,7 +233,11 @@ mod tests {
     fn a_host_without_swap_is_more_cautious() {
         let mut host = host(9 * GIB);
         host.swap_free_bytes = 0;
-        let state = assess(&host, some(0.0), 90 * GIB, &PolicyConfig::default());
+        let state = assess(
+            &host,
+            &Trend::default(),
+            some(0.0),
+            90 * GIB, &PolicyConfig::default());
         assert_eq!(state.demand_bytes, 3 * GIB);
     }
 
@@ -186,11 +245,46 @@ mod tests {
     fn between_the_watermarks_and_the_band_nothing_moves() {
         let state = assess(
             &host(9 * GIB),
+            &Trend::default(),
             some(0.0),
             90 * GIB,
             &PolicyConfig::default(),
         );
         assert_eq!((state.demand_bytes, state.surplus_bytes), (0, 0));
+    }
+
+    #[test]
+    fn memory_that_falls_is_asked_for_before_it_has_fallen() {
+        let config = PolicyConfig::default();
+        let mut trend = Trend::default();
+        let mut at = |second, available: u64| {
+            trend.observe(Duration::from_secs(second), available * GIB, 0);
+            assess(&host(available * GIB), &trend, some(0.0), 90 * GIB, &config)
+        };
+        assert_eq!(at(0, 60).demand_bytes, 0);
+        // 12 GiB/s, of which an average has heard 63 %: 15 GiB in two seconds.
+        assert_eq!(at(1, 48).demand_bytes, 0);
+        assert_eq!(at(2, 36).demand_bytes, 0);
+        let third = at(3, 24);
+        assert!(third.demand_bytes > 5 * GIB, "{third:?}");
+        assert!(third.expected_bytes < 2 * GIB && !third.emergency, "{third:?}");
+        assert!(at(4, 12).emergency, "gone within a second");
+        // It stopped, and is forgotten.
+        let states: Vec<_> = (5..12).map(|second| at(second, 12)).collect();
+        assert!(!states[1].emergency);
+        assert_eq!(states[6].demand_bytes, 0);
+    }
+
+    #[test]
+    fn what_was_given_back_is_no_trend() {
+        let mut trend = Trend::default();
+        trend.observe(Duration::ZERO, 20 * GIB, 30 * GIB);
+        trend.observe(Duration::from_secs(1), 15 * GIB, 24 * GIB);
+        assert_eq!(trend.fall_bytes(Duration::from_secs(2)), 0);
+        // No time has passed, or the clock went back.
+        trend.observe(Duration::from_secs(1), GIB, 0);
+        trend.observe(Duration::ZERO, 0, 0);
+        assert_eq!(trend.fall_bytes(Duration::from_secs(2)), 0);
     }
 
     #[test]

@@ -195,6 +195,7 @@ fn explain(round: &Round<'_>, demand_bytes: u64, giver: &Giver, plan: &mut Plan<
     plan.reason = Reason::Gives {
         demand_bytes,
         available_bytes: round.host.available_bytes,
+        expected_bytes: round.host.expected_bytes,
         high_bytes: round.host.high_bytes,
         give_bytes: giver.given_bytes,
         able_bytes,

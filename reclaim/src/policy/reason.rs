@@ -63,6 +63,8 @@ pub enum Reason {
         demand_bytes: u64,
         /// What the host has available.
         available_bytes: u64,
+        /// What will be available soon, if it goes on falling as it does.
+        expected_bytes: u64,
         /// What it should have available.
         high_bytes: u64,
         /// By how much this balloon grows.
@@ -126,6 +128,8 @@ pub enum Reason {
     Steady {
         /// What the host has available.
         available_bytes: u64,
+        /// What will be available soon, if it goes on falling as it does.
+        expected_bytes: u64,
         /// What it should have available.
         high_bytes: u64,
         /// What is on its way to the host.
@@ -186,6 +190,20 @@ impl fmt::Display for Spared {
     }
 }
 
+/// What the host has available, and how much of it will soon be gone.
+struct Available(u64, u64);
+
+impl fmt::Display for Available {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(now, expected) = *self;
+        write!(f, "available {}", Size(now))?;
+        if expected < now {
+            write!(f, ", soon {}", Size(expected))?;
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
@@ -221,15 +239,16 @@ impl fmt::Display for Reason {
             Self::Gives {
                 demand_bytes,
                 available_bytes,
+                expected_bytes,
                 high_bytes,
                 give_bytes,
                 able_bytes,
                 bound,
             } => write!(
                 f,
-                "host lacks {} (available {}, high {}): gives {} of {} above its floor, {bound}",
+                "host lacks {} ({}, high {}): gives {} of {} above its floor, {bound}",
                 Size(demand_bytes),
-                Size(available_bytes),
+                Available(available_bytes, expected_bytes),
                 Size(high_bytes),
                 Size(give_bytes),
                 Size(able_bytes)
@@ -292,13 +311,14 @@ impl fmt::Display for Reason {
             ),
             Self::Steady {
                 available_bytes,
+                expected_bytes,
                 high_bytes,
                 pending_bytes,
             } => {
                 write!(
                     f,
-                    "steady: available {}, high {}",
-                    Size(available_bytes),
+                    "steady: {}, high {}",
+                    Available(available_bytes, expected_bytes),
                     Size(high_bytes)
                 )?;
                 if pending_bytes > 0 {
