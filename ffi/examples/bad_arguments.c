@@ -240,6 +240,7 @@ static void no_device(void)
     REFUSED(EFAULT, aerostat_device_start_hints(NULL, 1));
     REFUSED(EFAULT, aerostat_device_finish_hints(NULL));
     REFUSED(EFAULT, aerostat_device_take_hints(NULL, NULL, 0, NULL));
+    REFUSED(EFAULT, aerostat_runtime_discard(NULL, NULL, NULL, 0, NULL));
     REFUSED(EFAULT, aerostat_device_history(NULL, 0, NULL, 0));
     REFUSED(EFAULT, aerostat_device_attach_cgroup(NULL, "/sys/fs/cgroup"));
     REFUSED(EFAULT, aerostat_device_detach_cgroup(NULL));

@@ -4,8 +4,8 @@
 use crate::boundary::Refusal;
 use crate::device::{aerostat_device, on_device};
 use crate::handle;
+use crate::range::aerostat_range;
 use ::aerostat_device::HintState;
-use ::aerostat_device::memory::{BALLOON_PAGE_SHIFT, PfnRange};
 use std::ffi::c_int;
 use std::time::Duration;
 
@@ -30,25 +30,6 @@ impl From<HintState> for aerostat_hint_state {
             HintState::Idle => Self::AEROSTAT_HINT_IDLE,
             HintState::Running => Self::AEROSTAT_HINT_RUNNING,
             HintState::Complete => Self::AEROSTAT_HINT_COMPLETE,
-        }
-    }
-}
-
-/// A range of guest memory. This structure has a fixed length.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct aerostat_range {
-    /// The guest physical address of its first byte.
-    pub gpa: u64,
-    /// Its length in bytes.
-    pub len_bytes: u64,
-}
-
-impl From<PfnRange> for aerostat_range {
-    fn from(range: PfnRange) -> Self {
-        Self {
-            gpa: range.start.0 << BALLOON_PAGE_SHIFT,
-            len_bytes: range.bytes(),
         }
     }
 }
@@ -135,16 +116,4 @@ pub unsafe extern "C" fn aerostat_device_take_hints(
         }
         Ok(c_int::try_from(ranges.len()).unwrap_or(c_int::MAX))
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use ::aerostat_device::memory::Pfn;
-
-    #[test]
-    fn ranges_are_told_in_bytes() {
-        let range = aerostat_range::from(PfnRange::new(Pfn(3), 2));
-        assert_eq!((range.gpa, range.len_bytes), (3 << 12, 2 << 12));
-    }
 }

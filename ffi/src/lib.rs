@@ -56,6 +56,8 @@ mod deflate;
 
 mod stats;
 
+mod range;
+
 mod hints;
 
 mod counters;
@@ -82,6 +84,7 @@ pub use log_sink::*;
 pub use memory::*;
 pub use node::*;
 pub use queue::*;
+pub use range::*;
 pub use runtime::*;
 pub use saving::*;
 pub use stats::*;

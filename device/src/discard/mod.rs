@@ -2,14 +2,16 @@
 //!
 //! [`plan`] sorts pieces into one batch a primitive and file (pure), `primitive` makes the system
 //! calls, [`probe`] found out at start which of them this host has, and [`Discarder`] here spreads
-//! large batches over the worker pool.
+//! large batches over the worker pool. `ranges` is the way in for VMMs that keep the balloon themselves.
 
 pub mod plan;
 mod primitive;
 pub mod probe;
+mod ranges;
 pub(crate) mod restore;
 pub(crate) mod window;
 
+pub use ranges::NotDiscarded;
 pub use restore::DeflateOptions;
 pub use window::WriteBehind;
 

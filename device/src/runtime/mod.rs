@@ -18,9 +18,10 @@ mod worker;
 pub(crate) use timer::{Timer, monotonic_ns};
 pub(crate) use worker::{KickRegistration, Patience, Pool, Scratch, Servable};
 
-use crate::discard::Discarder;
+use crate::discard::{Discarder, NotDiscarded};
 use crate::discard::probe::Capabilities;
 use crate::error::{Error, Result};
+use crate::memory::{Gpa, GuestMemory};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -155,6 +156,16 @@ impl Runtime {
     #[must_use]
     pub fn has_vectored_discard(&self) -> bool {
         self.capabilities.process_madvise.is_some()
+    }
+
+    /// Discards ranges of guest addresses and lengths in bytes, for a VMM that has rings and a balloon of its
+    /// own; see [`Discarder::discard_ranges`]. No device's books know of it.
+    pub fn discard_ranges(
+        &self,
+        memory: &Arc<GuestMemory>,
+        ranges: &[(Gpa, u64)],
+    ) -> Vec<std::result::Result<(), NotDiscarded>> {
+        self.discarder().discard_ranges(memory, ranges)
     }
 
     /// What discards for the devices of this runtime.
