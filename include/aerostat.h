@@ -272,6 +272,18 @@
 #define AEROSTAT_FEATURE_HOST_RESET (1ull << 51)
 
 /**
+ * VIRTIO_BALLOON_F_NODE_TARGETS (docs/virtio-balloon-extensions.md; requirement X2): the driver is told
+ * how large the balloon should be on each node of the guest. Offered if asked for.
+ */
+#define AEROSTAT_FEATURE_NODE_TARGETS (1ull << 52)
+
+/**
+ * VIRTIO_MEMBALLOON_F_NODE (docs/memballoon.md): the same for devices of kind AEROSTAT_KIND_MEMBALLOON.
+ * Offered if asked for.
+ */
+#define AEROSTAT_MEMBALLOON_FEATURE_NODE (1ull << 50)
+
+/**
  * VIRTIO_MEMBALLOON_F_EXTRA_MEM: the balloon may go below zero, see AEROSTAT_REGION_EXTRA. For devices
  * of kind AEROSTAT_KIND_MEMBALLOON, as the next one. Offered if asked for.
  */
@@ -296,6 +308,12 @@
 #define AEROSTAT_CONFIG_BYTES_HOST_RESET 24
 
 /**
+ * The length of the configuration space of a device that offers AEROSTAT_FEATURE_NODE_TARGETS:
+ * nodes and 16 numbers of pages follow, each 32 bits, little-endian.
+ */
+#define AEROSTAT_CONFIG_BYTES_NODE_TARGETS 92
+
+/**
  * The VMM pops this queue's elements itself and passes them to aerostat_device_submit(). The
  * fields of rings are not looked at.
  */
@@ -317,6 +335,12 @@
  * (aerostat_device_set_write_behind()), else the time of its system calls.
  */
 #define AEROSTAT_ELEMENT_HERE (1u << 0)
+
+/** The nodes of a guest that can have a target of their own are those below this number. */
+#define AEROSTAT_TARGET_NODES 16
+
+/** What target_bytes of struct aerostat_node_balloon is where the guest chooses the nodes. */
+#define AEROSTAT_NO_TARGET UINT64_MAX
 
 /**
  * The host allocates the pages of a deflate before it is acknowledged, by one call a run, instead of by
@@ -507,6 +531,14 @@ struct aerostat_memory_region {
      * has to tell. Transparent huge pages do not count: see AEROSTAT_REGION_TRANSPARENT_HUGE.
      */
     uint64_t page_size_bytes;
+    /**
+     * The node of the guest that the region is on, as the guest's platform numbers it (the proximity
+     * domain of ACPI, the numa-node-id of a device tree); 0 for a guest without nodes. For
+     * aerostat_device_set_node_targets() and aerostat_device_query_node().
+     */
+    uint32_t guest_node;
+    /** 0. */
+    uint32_t reserved;
 };
 
 /** How a device is set up; see `AEROSTAT_DEVICE_CONFIG_INIT`. */
@@ -667,6 +699,28 @@ struct aerostat_balloon {
     uint64_t extra_grant_bytes;
     /** 0. */
     uint64_t reserved[2];
+};
+
+/** The balloon on one node of the guest. All sizes are of the ballooned area. */
+struct aerostat_node_balloon {
+    /** sizeof(struct aerostat_node_balloon), set by the caller. */
+    uint32_t size;
+    /** 0. */
+    uint32_t reserved;
+    /**
+     * Bytes that the balloon should hold of this node; AEROSTAT_NO_TARGET where the target is one for
+     * the whole balloon, and for nodes from AEROSTAT_TARGET_NODES on.
+     */
+    uint64_t target_bytes;
+    /**
+     * Bytes that it holds, by the device's own count of distinct pages. Pages are on the node that
+     * their region was said to be on, so this is known of every driver.
+     */
+    uint64_t ballooned_bytes;
+    /** Bytes of the guest's memory on this node. */
+    uint64_t memory_bytes;
+    /** 0. */
+    uint64_t reserved2[4];
 };
 
 /** What a guest last told of its memory. */
@@ -851,7 +905,7 @@ struct aerostat_cgroup_account {
 /** Initializes a struct aerostat_memory_region: anonymous private memory without an address. */
 #define AEROSTAT_MEMORY_REGION_INIT                                                                \
     {                                                                                              \
-        sizeof(struct aerostat_memory_region), 0, 0, 0, NULL, -1, -1, 0, 0                         \
+        sizeof(struct aerostat_memory_region), 0, 0, 0, NULL, -1, -1, 0, 0, 0, 0                   \
     }
 
 /** Initializes a struct aerostat_device_config: recommended features, no eventfds. */
@@ -876,6 +930,12 @@ struct aerostat_cgroup_account {
 #define AEROSTAT_BALLOON_INIT                                                                      \
     {                                                                                              \
         sizeof(struct aerostat_balloon), 0, 0, 0, 0, 0, 0, 0, { 0 }                                \
+    }
+
+/** Initializes a struct aerostat_node_balloon that is to be filled. */
+#define AEROSTAT_NODE_BALLOON_INIT                                                                 \
+    {                                                                                              \
+        sizeof(struct aerostat_node_balloon), 0, 0, 0, 0, { 0 }                                    \
     }
 
 /** Initializes a struct aerostat_guest_stats that is to be filled. */
@@ -1400,6 +1460,40 @@ int aerostat_device_set_extra_grant(struct aerostat_device *device,
 int aerostat_device_query(const struct aerostat_device *device, struct aerostat_balloon *out);
 
 /**
+ * Sets how many bytes the balloon should hold of each node of the guest, target_bytes[i] of node i,
+ * each rounded down to 4096, and of other nodes nothing; lets the guest hear of it as
+ * aerostat_device_set_target() does (requirement X2). The target of the whole balloon is the sum, and
+ * that is what a driver hears that did not select the feature. The next aerostat_device_set_target()
+ * leaves the nodes to the guest again.
+ *
+ * The guest's nodes are those of aerostat_memory_region.guest_node. Like any target these are upper
+ * bounds; a driver does not make up for one node with pages of another.
+ *
+ * Returns: 0, or -ENOTSUP (the device offers neither AEROSTAT_FEATURE_NODE_TARGETS nor
+ * AEROSTAT_MEMBALLOON_FEATURE_NODE), -EINVAL (no node or more than AEROSTAT_TARGET_NODES, more than the
+ * memory of a node, or more than the protocol can say), -EFAULT (a pointer is NULL).
+ *
+ * Lifetime: target_bytes is read during the call only.
+ *
+ * Threads: any. Never waits for the guest.
+ */
+int aerostat_device_set_node_targets(struct aerostat_device *device,
+                                     const uint64_t *target_bytes,
+                                     size_t n_nodes);
+
+/**
+ * Tells the balloon's size on one node of the guest: all zeros, but for the target, if the guest has no
+ * memory there.
+ *
+ * Returns: 0, or -EMSGSIZE (out->size is too small), -EFAULT (a pointer is NULL).
+ *
+ * Threads: any. Waits until nothing is in flight, and counts the pages of the node.
+ */
+int aerostat_device_query_node(const struct aerostat_device *device,
+                               uint32_t node,
+                               struct aerostat_node_balloon *out);
+
+/**
  * Lets inflated pages wait before they are discarded, so that many go at once: until limit_bytes wait,
  * until the first of them has waited delay_ms, or until the target is reached. A guest that inflates
  * is acknowledged at once, as long as no more than twice limit_bytes wait. 128 MiB and 10 ms suit stock
@@ -1473,6 +1567,33 @@ int aerostat_device_guest_stats(struct aerostat_device *device,
  */
 int aerostat_device_set_stats_interval(struct aerostat_device *device,
                                        uint32_t interval_ms);
+
+/**
+ * Discards ranges of guest memory, for a VMM that has a balloon device of its own: range mode.
+ * There are no rings, no device and no books; what the guest may use is the VMM's to know. Ranges
+ * may come in any order and overlap; all that are given in one call are put together first, so
+ * many in a call are faster than many calls.
+ *
+ * *results, unless results is NULL, has an answer for each range: 0 if all of its memory is free,
+ * or why it is not:
+ * -EINVAL (it is empty, or does not consist of pages of 4096 bytes),
+ * -EFAULT (a part is in no region of memory), -EROFS (in a read-only one), -EBUSY (in a pinned
+ * one): none of it was discarded;
+ * -EAGAIN (it cuts a huge page of which the rest was not given in this call), -EIO (the kernel
+ * refused): the rest of it was.
+ *
+ * Returns: how many ranges are free, or -EINVAL (more than 1048576 ranges), -EFAULT (runtime or
+ * memory is NULL, or ranges is NULL and n_ranges is not 0).
+ *
+ * Lifetime: the arrays are used during the call only.
+ *
+ * Threads: any, several at once. Returns when all is done; workers of the runtime help with much.
+ */
+int aerostat_runtime_discard(const struct aerostat_runtime *runtime,
+                             const struct aerostat_memory *memory,
+                             const struct aerostat_range *ranges,
+                             size_t n_ranges,
+                             int *results);
 
 /**
  * Begins a round of free page hints and signals config_fd, which makes the guest send them (VIRTIO

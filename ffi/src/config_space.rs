@@ -16,8 +16,8 @@ pub const AEROSTAT_CONFIG_BYTES: u32 = 16;
 /// reset_id and reset_ack follow, each 32 bits, little-endian.
 pub const AEROSTAT_CONFIG_BYTES_HOST_RESET: u32 = 24;
 
-/// The length of the configuration space of a device that offers AEROSTAT_FEATURE_NODE_TARGETS: nodes and
-/// 16 numbers of pages follow, each 32 bits, little-endian.
+/// The length of the configuration space of a device that offers AEROSTAT_FEATURE_NODE_TARGETS:
+/// nodes and 16 numbers of pages follow, each 32 bits, little-endian.
 pub const AEROSTAT_CONFIG_BYTES_NODE_TARGETS: u32 = 92;
 
 /// The longest that it can be.

@@ -59,8 +59,8 @@ pub const AEROSTAT_FEATURE_PAGE_REFUSAL: u64 = 1u64 << 50;
 /// aerostat_device_config; stock drivers do not select it (requirement V4).
 pub const AEROSTAT_FEATURE_HOST_RESET: u64 = 1u64 << 51;
 
-/// VIRTIO_BALLOON_F_NODE_TARGETS (docs/virtio-balloon-extensions.md; requirement X2): the driver is told how
-/// large the balloon should be on each node of the guest. Offered if asked for.
+/// VIRTIO_BALLOON_F_NODE_TARGETS (docs/virtio-balloon-extensions.md; requirement X2): the driver is told
+/// how large the balloon should be on each node of the guest. Offered if asked for.
 pub const AEROSTAT_FEATURE_NODE_TARGETS: u64 = 1u64 << 52;
 
 /// VIRTIO_MEMBALLOON_F_NODE (docs/memballoon.md): the same for devices of kind AEROSTAT_KIND_MEMBALLOON.

@@ -30,21 +30,21 @@ impl From<PfnRange> for aerostat_range {
     }
 }
 
-/// Discards ranges of guest memory, for a VMM that has a balloon device of its own: range mode. There are no
-/// rings, no device and no books; what the guest may use is the VMM's to know. Ranges may come in any order
-/// and overlap; all that are given in one call are put together first, so many in a call are faster than
-/// many calls.
+/// Discards ranges of guest memory, for a VMM that has a balloon device of its own: range mode.
+/// There are no rings, no device and no books; what the guest may use is the VMM's to know. Ranges
+/// may come in any order and overlap; all that are given in one call are put together first, so
+/// many in a call are faster than many calls.
 ///
-/// *results, unless results is NULL, has an answer for each range: 0 if all of its memory is free, or why it
-/// is not:
+/// *results, unless results is NULL, has an answer for each range: 0 if all of its memory is free,
+/// or why it is not:
 /// -EINVAL (it is empty, or does not consist of pages of 4096 bytes),
-/// -EFAULT (a part is in no region of memory), -EROFS (in a read-only one), -EBUSY (in a pinned one): none of
-/// it was discarded;
-/// -EAGAIN (it cuts a huge page of which the rest was not given in this call), -EIO (the kernel refused): the
-/// rest of it was.
+/// -EFAULT (a part is in no region of memory), -EROFS (in a read-only one), -EBUSY (in a pinned
+/// one): none of it was discarded;
+/// -EAGAIN (it cuts a huge page of which the rest was not given in this call), -EIO (the kernel
+/// refused): the rest of it was.
 ///
-/// Returns: how many ranges are free, or -EINVAL (more than 1048576 ranges), -EFAULT (runtime or memory is
-/// NULL, or ranges is NULL and n_ranges is not 0).
+/// Returns: how many ranges are free, or -EINVAL (more than 1048576 ranges), -EFAULT (runtime or
+/// memory is NULL, or ranges is NULL and n_ranges is not 0).
 ///
 /// Lifetime: the arrays are used during the call only.
 ///
@@ -63,7 +63,11 @@ pub unsafe extern "C" fn aerostat_runtime_discard(
         // SAFETY: the same.
         let memory = handle::required(unsafe { handle::get(memory) })?;
         if n_ranges > MAX_RANGES {
-            return Err(Refusal::invalid("n_ranges", n_ranges as u64, "at most 1048576"));
+            return Err(Refusal::invalid(
+                "n_ranges",
+                n_ranges as u64,
+                "at most 1048576",
+            ));
         }
         if ranges.is_null() && n_ranges > 0 {
             return Err(Refusal::Null("ranges"));

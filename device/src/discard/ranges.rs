@@ -4,9 +4,7 @@
 use super::Discarder;
 use super::plan::Piece;
 use crate::balloon::in_regions;
-use crate::memory::{
-    BALLOON_PAGE_BYTES, BALLOON_PAGE_SHIFT, Gpa, GuestMemory, Pfn, PfnRange,
-};
+use crate::memory::{BALLOON_PAGE_BYTES, BALLOON_PAGE_SHIFT, Gpa, GuestMemory, Pfn, PfnRange};
 use crate::pages::frames::Frames;
 use crate::pages::ranges::coalesce_ranges;
 use std::sync::Arc;
@@ -147,43 +145,47 @@ mod tests {
     use crate::Runtime;
     use crate::memory::Region;
     use crate::memory::tests::anonymous_region;
-    use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
-    use rustix::mm::{MapFlags, ProtFlags, mmap};
-    use std::os::fd::OwnedFd;
+    use memmap2::{MmapOptions, MmapRaw};
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::MetadataExt;
 
     const PAGES: u64 = 256;
 
     struct Guest {
-        file: Arc<OwnedFd>,
+        file: File,
         memory: Arc<GuestMemory>,
+        _mapping: MmapRaw,
     }
 
     /// Touched memory in a file from guest address 1 MiB on, and a page without a neighbour at 16 MiB.
     #[allow(unsafe_code, reason = "maps a guest")]
     fn guest(change: impl Fn(&mut Region)) -> Guest {
         let bytes = PAGES * 4096;
-        let file = Arc::new(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
-        ftruncate(&file, bytes + 4096).unwrap();
-        let both = ProtFlags::READ | ProtFlags::WRITE;
-        let len = (bytes + 4096) as usize;
-        // SAFETY: the kernel chooses the place; the mapping stays until the process ends.
-        let hva = unsafe { mmap(std::ptr::null_mut(), len, both, MapFlags::SHARED, &file, 0) }.unwrap();
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(bytes + 4096).unwrap();
+        let mapping = MmapOptions::new().map_raw(&file).unwrap();
         // SAFETY: the mapping is this long and nobody else knows of it.
-        unsafe { std::ptr::write_bytes(hva.cast::<u8>(), 1, len) };
+        unsafe { std::ptr::write_bytes(mapping.as_mut_ptr(), 1, mapping.len()) };
         let region = |gpa, offset: u64, len_bytes| Region {
             gpa: Gpa(gpa),
             len_bytes,
-            hva: hva as usize + offset as usize,
-            fd: Some(Arc::clone(&file)),
+            hva: mapping.as_mut_ptr() as usize + offset as usize,
+            fd: Some(Arc::new(file.try_clone().unwrap().into())),
             fd_offset_bytes: offset,
             shared: true,
             ..anonymous_region()
         };
         let mut first = region(1 << 20, 0, bytes);
         change(&mut first);
-        // SAFETY: mapped until the process ends, and nothing refers to it but by address.
-        let memory = unsafe { GuestMemory::new(vec![first, region(16 << 20, bytes, 4096)]) }.unwrap();
-        Guest { file, memory }
+        // SAFETY: the mapping lives as long as the table, and nothing refers to it but by address.
+        let memory =
+            unsafe { GuestMemory::new(vec![first, region(16 << 20, bytes, 4096)]) }.unwrap();
+        Guest {
+            file,
+            memory,
+            _mapping: mapping,
+        }
     }
 
     impl Guest {
@@ -195,7 +197,7 @@ mod tests {
 
         /// Pages that the host has in use for it.
         fn host_pages(&self) -> u64 {
-            u64::try_from(fstat(&self.file).unwrap().st_blocks).unwrap() / 8
+            self.file.metadata().unwrap().blocks() / 8
         }
     }
 
@@ -247,11 +249,7 @@ mod tests {
         let frame = frame(&guest.memory.regions()[0]);
         let at = |page: u64| (frame.start.0 + page) * 4096;
         // The halves of one frame, in two ranges; and three quarters of the next.
-        let answers = guest.discard(&[
-            (at(8), 8 * 4096),
-            (at(0), 8 * 4096),
-            (at(16), 12 * 4096),
-        ]);
+        let answers = guest.discard(&[(at(8), 8 * 4096), (at(0), 8 * 4096), (at(16), 12 * 4096)]);
         assert_eq!(answers, [Ok(()), Ok(()), Err(NotDiscarded::PartOfFrame)]);
         assert_eq!(guest.host_pages(), PAGES + 1 - 16);
     }
@@ -260,8 +258,9 @@ mod tests {
     fn what_the_kernel_refuses_is_told() {
         // A hole cannot be punched through a descriptor that is only read from.
         let guest = guest(|region| {
-            let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(region.fd.as_ref().unwrap()));
-            region.fd = Some(Arc::new(OwnedFd::from(std::fs::File::open(path).unwrap())));
+            let number = region.fd.as_ref().unwrap().as_raw_fd();
+            let file = File::open(format!("/proc/self/fd/{number}")).unwrap();
+            region.fd = Some(Arc::new(file.into()));
         });
         assert_eq!(guest.discard(&[(BASE, 4096)]), [Err(NotDiscarded::Failed)]);
     }

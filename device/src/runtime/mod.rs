@@ -18,8 +18,8 @@ mod worker;
 pub(crate) use timer::{Timer, monotonic_ns};
 pub(crate) use worker::{KickRegistration, Patience, Pool, Scratch, Servable};
 
-use crate::discard::{Discarder, NotDiscarded};
 use crate::discard::probe::Capabilities;
+use crate::discard::{Discarder, NotDiscarded};
 use crate::error::{Error, Result};
 use crate::memory::{Gpa, GuestMemory};
 use std::sync::Arc;

@@ -57,7 +57,10 @@ impl RangeSink {
 
     /// Takes what a chain named. A range that cannot be discarded hinders no other.
     fn remove_ranges(&self, ranges: &[(GuestAddress, u64)]) -> Vec<Result<(), NotDiscarded>> {
-        let ranges: Vec<_> = ranges.iter().map(|&(start, len)| (Gpa(start.0), len)).collect();
+        let ranges: Vec<_> = ranges
+            .iter()
+            .map(|&(start, len)| (Gpa(start.0), len))
+            .collect();
         self.runtime.discard_ranges(&self.memory, &ranges)
     }
 }
@@ -121,7 +124,10 @@ fn inflate() -> Fallible<(usize, usize, u64)> {
 
 fn main() -> Fallible<()> {
     let (ranges, refused, freed) = inflate()?;
-    println!("{ranges} ranges, {refused} refused, {} KiB back on the host", freed / 1024);
+    println!(
+        "{ranges} ranges, {refused} refused, {} KiB back on the host",
+        freed / 1024
+    );
     Ok(())
 }
 

@@ -205,10 +205,16 @@ mod tests {
     fn pressure_asks_for_more_and_never_for_less() {
         let config = PolicyConfig::default();
         let demands: Vec<u64> = [0.0, 1.0, 2.0, 4.0, 50.0]
-            .map(|percent| assess(
-            &host(7 * GIB),
-            &Trend::default(),
-            some(percent), 90 * GIB, &config).demand_bytes)
+            .map(|percent| {
+                assess(
+                    &host(7 * GIB),
+                    &Trend::default(),
+                    some(percent),
+                    90 * GIB,
+                    &config,
+                )
+                .demand_bytes
+            })
             .to_vec();
         assert!(demands.is_sorted(), "{demands:?}");
         assert_eq!(demands[0], demands[1]);
@@ -237,7 +243,9 @@ mod tests {
             &host,
             &Trend::default(),
             some(0.0),
-            90 * GIB, &PolicyConfig::default());
+            90 * GIB,
+            &PolicyConfig::default(),
+        );
         assert_eq!(state.demand_bytes, 3 * GIB);
     }
 
@@ -267,7 +275,10 @@ mod tests {
         assert_eq!(at(2, 36).demand_bytes, 0);
         let third = at(3, 24);
         assert!(third.demand_bytes > 5 * GIB, "{third:?}");
-        assert!(third.expected_bytes < 2 * GIB && !third.emergency, "{third:?}");
+        assert!(
+            third.expected_bytes < 2 * GIB && !third.emergency,
+            "{third:?}"
+        );
         assert!(at(4, 12).emergency, "gone within a second");
         // It stopped, and is forgotten.
         let states: Vec<_> = (5..12).map(|second| at(second, 12)).collect();

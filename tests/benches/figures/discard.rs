@@ -7,7 +7,7 @@ use super::bench::Bench;
 use super::claim::{Claim, Goal};
 use super::cost::processor_time;
 use super::machine::{BEFORE, Machine, Result, Wait};
-use super::rivals::Rival;
+use super::rivals::{self, Rival};
 use super::sample::{Samples, gib, to_f64};
 use super::trace::Trace;
 use aerostat_device::{Runtime, WriteBehind};
@@ -133,47 +133,49 @@ fn case(
             calls_per_gib: Samples::default(),
         })
         .collect();
-    bench.alternate(&mut series, share, |series, counts| {
-        let method = series.method;
-        arena.fill(trace)?;
-        let setting = match method {
-            Method::Behind | Method::BehindOne => WriteBehind::RECOMMENDED,
-            _ => BEFORE,
-        };
-        machine.device.set_write_behind(setting);
-        let calls_before = machine.device.counters().discard_calls;
-        let (cpu_before, begin) = (processor_time(), Instant::now());
-        let mut calls = match method {
-            Method::Rival(rival) => rival.free(&arena, trace),
-            Method::Before | Method::Behind => {
-                machine.inflate_full_ring(&arrays)?;
-                0
+    rivals::beside(&arena, trace, |free| {
+        bench.alternate(&mut series, share, |series, counts| {
+            let method = series.method;
+            arena.fill(trace)?;
+            let setting = match method {
+                Method::Behind | Method::BehindOne => WriteBehind::RECOMMENDED,
+                _ => BEFORE,
+            };
+            machine.device.set_write_behind(setting);
+            let calls_before = machine.device.counters().discard_calls;
+            let (cpu_before, begin) = (processor_time(), Instant::now());
+            let mut calls = match method {
+                Method::Rival(rival) => free(rival)?,
+                Method::Before | Method::Behind => {
+                    machine.inflate_full_ring(&arrays)?;
+                    0
+                }
+                Method::BehindOne => {
+                    let none = Duration::ZERO;
+                    machine.inflate_one_by_one(&arrays, Wait::Interrupt, none, |_| ())?;
+                    0
+                }
+            };
+            if method.is_ours() {
+                machine.settle()?;
             }
-            Method::BehindOne => {
-                let none = Duration::ZERO;
-                machine.inflate_one_by_one(&arrays, Wait::Interrupt, none, |_| ())?;
-                0
+            let (seconds, cpu) = (begin.elapsed(), processor_time() - cpu_before);
+            calls += machine.device.counters().discard_calls - calls_before;
+            arena.check_freed(trace, method.name());
+            if method.is_ours() {
+                machine.restart()?;
             }
-        };
-        if method.is_ours() {
-            machine.settle()?;
-        }
-        let (seconds, cpu) = (begin.elapsed(), processor_time() - cpu_before);
-        calls += machine.device.counters().discard_calls - calls_before;
-        arena.check_freed(trace, method.name());
-        if method.is_ours() {
-            machine.restart()?;
-        }
-        if counts {
-            series
-                .gib_per_second
-                .push(gib(bytes) / seconds.as_secs_f64());
-            series
-                .cpu_seconds_per_gib
-                .push(cpu.as_secs_f64() / gib(bytes));
-            series.calls_per_gib.push(to_f64(calls) / gib(bytes));
-        }
-        Ok(())
+            if counts {
+                series
+                    .gib_per_second
+                    .push(gib(bytes) / seconds.as_secs_f64());
+                series
+                    .cpu_seconds_per_gib
+                    .push(cpu.as_secs_f64() / gib(bytes));
+                series.calls_per_gib.push(to_f64(calls) / gib(bytes));
+            }
+            Ok(())
+        })
     })?;
     Ok(Case {
         kind,

@@ -5,7 +5,7 @@ use super::arena::{Arena, Kind, UNDER_TEST};
 use super::bench::Bench;
 use super::claim::{Claim, Goal};
 use super::machine::{BEFORE, Machine, Result};
-use super::rivals::Rival;
+use super::rivals::{self, Rival};
 use super::sample::{Samples, gib};
 use super::trace::Trace;
 use aerostat_device::{Runtime, RuntimeConfig};
@@ -55,30 +55,33 @@ pub(crate) fn run(bench: &Bench) -> Result<Vec<Case>> {
             })
             .collect();
         let (mut limit, mut device) = (Samples::default(), Samples::default());
-        let start = Instant::now();
-        for round in 0..=bench.most_runs() {
-            if round > bench.least_runs() && start.elapsed() > share {
-                break;
-            }
-            let mut both = [0.0; 2];
-            for turn in 0..2 {
-                let ours = (turn + round) % 2 == 1;
-                arena.fill(&whole)?;
-                let begin = Instant::now();
-                if ours {
-                    let patience = Duration::from_secs(30);
-                    machine.reporting.exchange(&arena.ram, &chain, patience)?;
-                } else {
-                    Rival::Limit.free(&arena, &whole);
+        rivals::beside(&arena, &whole, |free| {
+            let start = Instant::now();
+            for round in 0..=bench.most_runs() {
+                if round > bench.least_runs() && start.elapsed() > share {
+                    break;
                 }
-                both[usize::from(ours)] = gib(arena.bytes()) / begin.elapsed().as_secs_f64();
-                arena.check_freed(&whole, "reporting");
+                let mut both = [0.0; 2];
+                for turn in 0..2 {
+                    let ours = (turn + round) % 2 == 1;
+                    arena.fill(&whole)?;
+                    let begin = Instant::now();
+                    if ours {
+                        let patience = Duration::from_secs(30);
+                        machine.reporting.exchange(&arena.ram, &chain, patience)?;
+                    } else {
+                        free(Rival::Limit)?;
+                    }
+                    both[usize::from(ours)] = gib(arena.bytes()) / begin.elapsed().as_secs_f64();
+                    arena.check_freed(&whole, "reporting");
+                }
+                if round > 0 || !bench.measures() {
+                    limit.push(both[0]);
+                    device.push(both[1]);
+                }
             }
-            if round > 0 || !bench.measures() {
-                limit.push(both[0]);
-                device.push(both[1]);
-            }
-        }
+            Ok(())
+        })?;
         cases.push(Case {
             kind,
             limit,

@@ -288,7 +288,7 @@ impl<'a> Run<'a> {
         }
         let status = match command {
             2 | 3 => self.page(command == 2, first),
-            6..=9 => self.batch(command % 2 == 0, command >= 8, first, second),
+            6..=9 => self.batch(command.is_multiple_of(2), command >= 8, first, second),
             _ => 0,
         };
         let target = if command == 4 { 0 } else { self.target };
