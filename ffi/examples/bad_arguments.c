@@ -433,9 +433,9 @@ static void bad_states(struct aerostat_device *device)
     for (cut = 0; cut < size; cut++)
         CHECK(aerostat_device_restore(device, state, cut) == -EBADMSG);
     REFUSED(EBADMSG, aerostat_device_restore(device, state, size - 1));
-    state[8]++;
+    state[9]++; /* the version's second byte */
     REFUSED(EPROTONOSUPPORT, aerostat_device_restore(device, state, size));
-    state[8]--;
+    state[9]--;
     state[50] ^= 1;
     REFUSED(EBADMSG, aerostat_device_restore(device, state, size));
     state[50] ^= 1;

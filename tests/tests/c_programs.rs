@@ -166,6 +166,7 @@ struct aerostat_device_config device = AEROSTAT_DEVICE_CONFIG_INIT;
 struct aerostat_queue_config queue = AEROSTAT_QUEUE_CONFIG_INIT;
 struct aerostat_queue_position position = AEROSTAT_QUEUE_POSITION_INIT;
 struct aerostat_balloon balloon = AEROSTAT_BALLOON_INIT;
+struct aerostat_node_balloon node = AEROSTAT_NODE_BALLOON_INIT;
 struct aerostat_guest_stats stats = AEROSTAT_GUEST_STATS_INIT;
 struct aerostat_flow flow = AEROSTAT_FLOW_INIT;
 struct aerostat_counters counters = AEROSTAT_COUNTERS_INIT;

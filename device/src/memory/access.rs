@@ -73,6 +73,28 @@ impl HostSlice<'_> {
         count
     }
 
+    /// The 16 bytes at `offset` by two loads, each byte fetched once; `None` if they are not all there, or not
+    /// aligned to 8 as descriptors are wherever a driver does as it should.
+    #[inline]
+    pub(crate) fn read_16(&self, offset: usize) -> Option<[u8; 16]> {
+        let fits = self.len.checked_sub(16).is_some_and(|last| offset <= last);
+        if !fits || !(self.ptr as usize).wrapping_add(offset).is_multiple_of(8) {
+            return None;
+        }
+        let word = |at: usize| {
+            // SAFETY: offset + 16 <= len, so `at`, which is offset or offset + 8, has 8 bytes behind it; the
+            // address is aligned to 8; the memory is mapped as `new` requires; an atomic load is defined even
+            // while others write.
+            let word = unsafe { AtomicU64::from_ptr(self.ptr.add(at).cast()) };
+            word.load(Ordering::Relaxed).to_ne_bytes()
+        };
+        let mut bytes = [0; 16];
+        let (low, high) = bytes.split_at_mut(8);
+        low.copy_from_slice(&word(offset));
+        high.copy_from_slice(&word(offset + 8));
+        Some(bytes)
+    }
+
     /// Copies `bytes` to `offset`; returns how many fitted.
     pub fn write(&self, offset: usize, bytes: &[u8]) -> usize {
         let count = bytes.len().min(self.len.saturating_sub(offset));

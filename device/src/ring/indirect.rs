@@ -45,10 +45,21 @@ impl<'a> Table<'a> {
     }
 
     /// Fetches one entry, each byte once.
+    #[inline]
     pub(super) fn read(&self, index: u32) -> Result<[u8; DESC_BYTES], RingError> {
-        let mut bytes = [0; DESC_BYTES];
         let offset = u64::from(ENTRY) * u64::from(index);
         let near = usize::try_from(offset).unwrap_or(usize::MAX);
+        match self.near.and_then(|slice| slice.read_16(near)) {
+            Some(bytes) => Ok(bytes),
+            None => self.read_across(offset, near),
+        }
+    }
+
+    /// The same for an entry that no single aligned read gets: between regions, or where no driver
+    /// would put it.
+    #[cold]
+    fn read_across(&self, offset: u64, near: usize) -> Result<[u8; DESC_BYTES], RingError> {
+        let mut bytes = [0; DESC_BYTES];
         let mut done = self.near.map_or(0, |slice| slice.read(near, &mut bytes));
         while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
             let start = self.start.0.checked_add(offset + done as u64);

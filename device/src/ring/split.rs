@@ -81,6 +81,39 @@ impl Descriptor {
     fn has(&self, flag: u16) -> bool {
         self.flags & flag != 0
     }
+
+    /// Puts its buffer at the end of the chain; true if that was the last one.
+    fn append_to(&self, chain: &mut Chain) -> bool {
+        let segment = Segment::Guest {
+            gpa: Gpa(self.addr),
+            len: self.len,
+        };
+        chain.push(segment, self.has(DESC_F_WRITE));
+        let ends = !self.has(DESC_F_NEXT);
+        if ends {
+            chain.finish();
+        }
+        ends
+    }
+}
+
+/// Follows the rest of a chain through a table, for at most `room` descriptors.
+fn walk_indirect(table: &Table<'_>, room: u16, chain: &mut Chain) -> Result<(), RingError> {
+    let mut index = 0;
+    for _ in 0..room {
+        if u32::from(index) >= table.entries() {
+            return Err(RingError::DescriptorBeyondTable(index));
+        }
+        let descriptor = Descriptor::parse(table.read(index.into())?);
+        if descriptor.has(DESC_F_INDIRECT) {
+            return Err(RingError::NestedIndirect);
+        }
+        if descriptor.append_to(chain) {
+            return Ok(());
+        }
+        index = descriptor.next;
+    }
+    Err(RingError::ChainTooLong)
 }
 
 impl SplitRing {
@@ -181,40 +214,19 @@ impl SplitRing {
     /// which bounds the work and ends every loop.
     fn walk(&self, memory: &GuestMemory, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         chain.clear();
-        let mut indirect: Option<Table> = None;
         let mut index = head;
-        for _ in 0..=self.size {
-            let descriptor = match indirect {
-                None => self.direct(index)?,
-                Some(table) if u32::from(index) >= table.entries() => {
-                    return Err(RingError::DescriptorBeyondTable(index));
-                }
-                Some(table) => Descriptor::parse(table.read(index.into())?),
-            };
+        for room in (1..=self.size).rev() {
+            let descriptor = self.direct(index)?;
             if descriptor.has(DESC_F_INDIRECT) {
-                if indirect.is_some() {
-                    return Err(RingError::NestedIndirect);
-                }
                 if descriptor.has(DESC_F_NEXT) {
                     return Err(RingError::IndirectWithNext);
                 }
                 // Its WRITE flag is ignored (2.7.5.3.2).
                 let start = Gpa(descriptor.addr);
                 let table = Table::new(self.features, memory, start, descriptor.len)?;
-                indirect = Some(table);
-                index = 0;
-                continue;
+                return walk_indirect(&table, room, chain);
             }
-            if chain.readable.len() + chain.writable.len() == usize::from(self.size) {
-                return Err(RingError::ChainTooLong);
-            }
-            let segment = Segment::Guest {
-                gpa: Gpa(descriptor.addr),
-                len: descriptor.len,
-            };
-            chain.push(segment, descriptor.has(DESC_F_WRITE));
-            if !descriptor.has(DESC_F_NEXT) {
-                chain.finish();
+            if descriptor.append_to(chain) {
                 return Ok(());
             }
             index = descriptor.next;
@@ -226,11 +238,11 @@ impl SplitRing {
         if index >= self.size {
             return Err(RingError::DescriptorBeyondTable(index));
         }
-        let mut bytes = [0; DESC_BYTES];
-        self.desc
-            .slice()
-            .read(DESC_BYTES * usize::from(index), &mut bytes);
-        Ok(Descriptor::parse(bytes))
+        // The table was checked to lie in one region, and to be aligned.
+        let bytes = self.desc.slice().read_16(DESC_BYTES * usize::from(index));
+        bytes
+            .map(Descriptor::parse)
+            .ok_or(RingError::DescriptorBeyondTable(index))
     }
 
     /// Completes a chain; the guest sees it after [`Self::publish`].

@@ -20,15 +20,16 @@ const TARGET: u64 = 192 << 20;
 const CYCLES: u64 = 2;
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Pieces of work that take a second or so.
+/// Pieces of work that take some four seconds: longer than the balloon moves, also with a call a page, as only
+/// what moves while the work is done can slow it down.
 const WORK: [(&str, &str); 2] = [
     (
         "fixed work",
-        "i=0; while [ $i -lt 400000 ]; do i=$((i+1)); done",
+        "i=0; while [ $i -lt 1300000 ]; do i=$((i+1)); done",
     ),
     (
         "memory bandwidth",
-        "i=0; while [ $i -lt 60 ]; do cat /keep/block >/dev/null; i=$((i+1)); done",
+        "i=0; while [ $i -lt 200 ]; do cat /keep/block >/dev/null; i=$((i+1)); done",
     ),
 ];
 
@@ -59,15 +60,22 @@ impl Machine {
         self.guest.run_within(work, PATIENCE)?;
         let took = begin.elapsed();
         if let Some(mover) = mover {
-            mover
+            let moved = mover
                 .join()
                 .map_err(|_| "the balloon's thread panicked")??;
+            if moved > took {
+                return Err(
+                    format!("the balloon moved for {moved:?}, the work took {took:?}").into(),
+                );
+            }
         }
         Ok(took)
     }
 }
 
-fn cycles(mut control: ControlClient) -> Result<()> {
+/// Fills and empties the balloon; returns how long that took.
+fn cycles(mut control: ControlClient) -> Result<Duration> {
+    let start = Instant::now();
     for target in (0..2 * CYCLES).map(|step| if step % 2 == 0 { TARGET } else { 0 }) {
         control.set_target(target)?;
         let begin = Instant::now();
@@ -78,7 +86,7 @@ fn cycles(mut control: ControlClient) -> Result<()> {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
-    Ok(())
+    Ok(start.elapsed())
 }
 
 pub(crate) struct Case {

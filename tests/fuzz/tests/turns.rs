@@ -7,7 +7,7 @@
     reason = "maps the memory of guests; a test ends with a panic when anything is not as it should be"
 )]
 
-use aerostat_device::memory::{Gpa, HostSlice};
+use aerostat_device::memory::{Gpa, GuestNode, HostSlice};
 use aerostat_device::{
     Device, DeviceConfig, DeviceState, GuestMemory, QueueConfig, QueuePosition, Region, RingConfig,
     Runtime,
@@ -96,6 +96,7 @@ impl Machine {
             readonly: false,
             pinned: false,
             extra: false,
+            guest_node: GuestNode(0),
             node: None,
         };
         let regions = vec![region(0, None), region(1, Some(file))];

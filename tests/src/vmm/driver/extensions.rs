@@ -109,13 +109,15 @@ impl Driver {
     }
 
     /// Moves each node towards its target by a buffer's worth, with pages of that node alone. Returns how
-    /// many pages were moved, and whether all targets are reached.
+    /// many pages were moved, and whether all targets are reached. Pages come out of the balloon first: one
+    /// that is as large as all targets together takes no more.
     ///
     /// # Errors
     /// The device does not answer.
     pub(super) fn step_nodes(&mut self, targets: &[usize]) -> Result<(usize, bool)> {
         let nodes: BTreeSet<u32> = self.ram.specs().map(|spec| spec.guest_node).collect();
         let (mut moved, mut reached) = (0, true);
+        let mut gives = Vec::new();
         for node in nodes {
             let index = usize::try_from(node).unwrap_or(usize::MAX);
             let target = targets.get(index).copied().unwrap_or(0);
@@ -129,10 +131,17 @@ impl Driver {
                 .filter(is_here)
                 .take(missing)
                 .collect();
-            self.give(&wanted)?;
             self.take(held.get(..spare).unwrap_or_default())?;
-            moved += wanted.len() + spare;
+            moved += spare;
             reached &= held.len() + wanted.len() - spare == target;
+            gives.push(wanted);
+        }
+        if moved > 0 {
+            return Ok((moved, reached && gives.iter().all(Vec::is_empty)));
+        }
+        for wanted in gives {
+            self.give(&wanted)?;
+            moved += wanted.len();
         }
         Ok((moved, reached))
     }
