@@ -164,7 +164,10 @@ impl ProtocolGuest {
         } else {
             Arc::new(Mutex::new(MemballoonDriver::boot(&vmm, &regions)?))
         };
-        let (device, ram) = (driver.lock().device(), driver.lock().ram());
+        let (device, ram) = {
+            let driver = driver.lock();
+            (driver.device(), driver.ram())
+        };
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, steps) = (Arc::clone(&stop), Arc::clone(&driver));
         let thread = thread::spawn(move || {

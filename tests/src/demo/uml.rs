@@ -61,7 +61,8 @@ impl DemoGuest for UmlDemoGuest {
             "Guest: Linux {} (User-Mode Linux) with {} MiB and its stock virtio_balloon driver.\n\
              Device: aerostat-vhost-user. Host memory: blocks of the tmpfs that holds the guest's \
              memory.\n\
-             Page reporting is off in the guest, so the balloon alone gives memory back.\n",
+             Page reporting is off in the guest, so the balloon alone gives memory back. What the guest \
+             never touched is touched for it, so that each page in the balloon is one to get back.\n",
             self.kernel,
             self.guest.config().memory_mib,
         )
@@ -89,7 +90,10 @@ impl DemoGuest for UmlDemoGuest {
     }
 
     fn touch_unused_memory(&mut self) -> Result<u64, DemoError> {
-        Ok(self.guest.touch_unused_memory()?)
+        let touched = self.guest.touch_unused_memory()?;
+        // Pages that the guest's kernel never used are none to get back; now they are.
+        self.guest.populate_host_memory()?;
+        Ok(touched)
     }
 
     fn touch_memory(&mut self, mib: u64) -> Result<(), DemoError> {
