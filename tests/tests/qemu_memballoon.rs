@@ -216,8 +216,9 @@ fn a_guest_that_runs_out_of_memory_has_it_back_before_anything_is_killed() {
     let wants = "dd if=/dev/zero of=/mem/fill bs=1M count=200 2>/dev/null";
     machine.run_within(wants, PATIENCE).unwrap();
 
+    // It took what was needed, in steps of 16 MiB, and not all there was (A4).
     let size = attribute(&mut machine, "size_bytes");
-    assert!(size < 320 * MIB, "{size}");
+    assert!(size < 320 * MIB && size >= 96 * MIB, "{size}");
     assert!(attribute(&mut machine, "oom_bytes") >= 16 * MIB);
     assert!(!machine.log().contains("Killed process"));
     assert!(machine.verify_working_set(&set).unwrap());

@@ -7,8 +7,8 @@
 //! - *Linking* needs nearly twice as much, for a short time.
 //! - *Compiling* is a loop of the shell: processor time and nothing else.
 //!
-//! A *peak*, one guest after the other, is memory of processes that is written, read twice and given up:
-//! demand that never comes from two guests at once.
+//! A *peak*, one guest after the other, is memory of processes that is written with work between, read twice and
+//! given up: demand that never comes from two guests at once.
 
 use clap::ValueEnum;
 
@@ -30,6 +30,8 @@ const LINK_MIB: u64 = 28;
 const COMPILATIONS: u32 = 2;
 /// Rounds of the shell's loop.
 const COMPUTATION: u32 = 10_000;
+/// A peak grows in so many steps: within some seconds, as a program's memory does.
+const PEAK_PARTS: u64 = 10;
 
 /// The name of the sources in their directory on the host.
 pub const SOURCES: &str = "sources";
@@ -53,9 +55,25 @@ pub const REFAULTS: &str = "sed -n 's/workingset_refault_file //p' /proc/vmstat"
 /// The shell command for one peak of so many MiB.
 #[must_use]
 pub fn peak(mib: u64) -> String {
-    let read = copy("/mem/peak", "/dev/null", 0, mib);
-    let write = copy("/dev/zero", "/mem/peak", 0, mib);
-    format!("set -e; {write}; {read}; {read}; rm /mem/peak")
+    let mut steps = vec!["set -e".to_owned()];
+    for part in 0..PEAK_PARTS {
+        let (begin, end) = (mib * part / PEAK_PARTS, mib * (part + 1) / PEAK_PARTS);
+        steps.push(copy(
+            "/dev/zero",
+            &format!("/mem/peak{part}"),
+            0,
+            end - begin,
+        ));
+        steps.push(compute());
+    }
+    let read = "cat /mem/peak* >/dev/null".to_owned();
+    steps.extend([read.clone(), read, "rm /mem/peak*".to_owned()]);
+    steps.join("; ")
+}
+
+/// Processor time and nothing else.
+fn compute() -> String {
+    format!("i=0; while [ $i -lt {COMPUTATION} ]; do i=$((i+1)); done")
 }
 
 fn copy(from: &str, to: &str, skip: u64, mib: u64) -> String {
@@ -74,9 +92,7 @@ pub fn build(guest: usize, repeat: u32) -> String {
         for _ in 0..COMPILATIONS {
             steps.push(copy("/dev/zero", "/mem/objects", 0, OBJECTS_MIB));
             steps.push(copy(&sources, "/dev/null", skip, HEADERS_MIB));
-            steps.push(format!(
-                "i=0; while [ $i -lt {COMPUTATION} ]; do i=$((i+1)); done"
-            ));
+            steps.push(compute());
             steps.push(copy("/mem/objects", "/dev/null", 0, OBJECTS_MIB));
         }
         steps.push(copy("/dev/zero", "/mem/link", 0, LINK_MIB));
