@@ -12,6 +12,8 @@ const MIB: u64 = 1 << 20;
 /// Memory that stays untouched when the rest is filled: with less, the out-of-memory killer ends
 /// the program that fills.
 const UNTOUCHED_BYTES: u64 = 6 * MIB;
+/// Of large guests, one part in so many: their kernels keep more for themselves.
+const UNTOUCHED_SHARE: u64 = 64;
 
 /// What the kernel keeps for emergencies meanwhile; its default grows with the size of the guest.
 const FILL_RESERVE_KIB: &str = "1024";
@@ -87,7 +89,8 @@ impl Shell {
         let reserve = self.run("cat /proc/sys/vm/min_free_kbytes")?;
         let set_reserve = |kib: &str| format!("echo {kib} >/proc/sys/vm/min_free_kbytes");
         self.run(&set_reserve(FILL_RESERVE_KIB))?;
-        let unused = self.memory()?.unused_bytes.saturating_sub(UNTOUCHED_BYTES);
+        let unused = self.memory()?.unused_bytes;
+        let unused = unused.saturating_sub(UNTOUCHED_BYTES.max(unused / UNTOUCHED_SHARE));
         let mib = (unused - unused / FILE_INDEX_SHARE) / MIB;
         self.touch_memory(mib)?;
         self.run(&set_reserve(&reserve))?;

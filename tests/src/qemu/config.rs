@@ -17,6 +17,8 @@ pub enum Balloon {
     Virtio,
     /// VMware's, answered by this project at a port, in a machine that looks like VMware's to its guest.
     Vmware,
+    /// The back-end's, over vhost-user: [`MachineConfig::vhost_user`].
+    VhostUser,
 }
 
 /// What is behind the guest's memory.
@@ -38,6 +40,7 @@ pub struct MachineConfig {
     pub(super) nodes: u32,
     pub(super) backing: Backing,
     pub(super) balloon: Balloon,
+    pub(super) socket: PathBuf,
     pub(super) packed: bool,
     pub(super) reporting: bool,
     pub(super) options: Vec<String>,
@@ -62,6 +65,7 @@ impl MachineConfig {
             nodes: 1,
             backing: Backing::Anonymous,
             balloon,
+            socket: PathBuf::new(),
             packed: false,
             reporting: false,
             options: Vec::new(),
@@ -70,6 +74,15 @@ impl MachineConfig {
             programs: Vec::new(),
             incoming: false,
             boot_timeout: Duration::from_secs(240),
+        }
+    }
+
+    /// A machine whose balloon is that of a back-end at this socket. Its memory is a memfd.
+    #[must_use]
+    pub fn vhost_user(memory_mib: u64, socket: &Path) -> Self {
+        Self {
+            socket: socket.to_owned(),
+            ..Self::new(memory_mib, Balloon::VhostUser).backing(Backing::Memfd)
         }
     }
 
@@ -163,10 +176,6 @@ impl MachineConfig {
             "guest,debug-threads=on",
             "-display",
             "none",
-            "-L",
-            "/usr/share/qemu",
-            "-L",
-            "/usr/share/seabios",
             // Commands on the first serial line, the kernel's messages on the second.
             "-chardev",
             "stdio,id=commands,signal=off",
@@ -215,6 +224,14 @@ impl MachineConfig {
                 );
             }
         }
+        for directory in files.firmware {
+            add("-L", directory.into());
+        }
+        if self.balloon == Balloon::VhostUser {
+            let mut channel = OsString::from("socket,id=balloon-channel,path=");
+            channel.push(&self.socket);
+            add("-chardev", channel);
+        }
         add("-device", self.device().into());
         let mut monitor = OsString::from("unix:");
         monitor.push(files.monitor);
@@ -236,6 +253,7 @@ impl MachineConfig {
             Balloon::Memballoon => "aerostat-memballoon-pci",
             Balloon::Virtio => "virtio-balloon-pci",
             Balloon::Vmware => "aerostat-vmware-balloon",
+            Balloon::VhostUser => "vhost-user-test-device-pci",
         };
         let switch = |on: bool| if on { "on" } else { "off" };
         let mut device = format!("{name},id=balloon");
@@ -245,6 +263,9 @@ impl MachineConfig {
         if matches!(self.balloon, Balloon::Aerostat | Balloon::Virtio) {
             let reporting = switch(self.reporting);
             device += &format!(",disable-legacy=on,free-page-reporting={reporting}");
+        }
+        if self.balloon == Balloon::VhostUser {
+            device += ",chardev=balloon-channel,virtio-id=5,num_vqs=5,config_size=16";
         }
         for option in &self.options {
             device += &format!(",{option}");
@@ -265,4 +286,6 @@ pub(super) struct Files<'a> {
     pub(super) kernel: &'a Path,
     pub(super) initramfs: &'a Path,
     pub(super) monitor: &'a Path,
+    /// Directories of firmware.
+    pub(super) firmware: &'a [PathBuf],
 }

@@ -39,8 +39,18 @@ pub struct Machine {
 #[derive(Clone, Debug)]
 pub struct MachinePrerequisites {
     host: HostVmPrerequisites,
-    qemu: PathBuf,
+    qemu: Program,
     accelerator: Accelerator,
+}
+
+/// A QEMU.
+#[derive(Clone, Debug)]
+struct Program {
+    /// What to start, and its first arguments.
+    words: Vec<PathBuf>,
+    /// Where it finds its libraries.
+    environment: (&'static str, PathBuf),
+    firmware: Vec<PathBuf>,
 }
 
 impl MachinePrerequisites {
@@ -63,7 +73,43 @@ impl MachinePrerequisites {
                 missing: "there is no target/qemu/qemu-system-x86_64".to_owned(),
                 remedy: "build it with scripts/build-qemu",
             })?;
+        let qemu = Program {
+            environment: ("LD_LIBRARY_PATH", qemu.with_file_name("lib")),
+            words: vec![qemu],
+            firmware: ["/usr/share/qemu", "/usr/share/seabios"]
+                .map(PathBuf::from)
+                .into(),
+        };
         let accelerator = Accelerator::find(&host);
+        Ok(Self {
+            host,
+            qemu,
+            accelerator,
+        })
+    }
+
+    /// The same with a stock QEMU 11 (`scripts/stock-qemu`), which can have a device of a back-end over
+    /// vhost-user.
+    ///
+    /// # Errors
+    /// It cannot be fetched, or something else is missing.
+    pub fn find_stock() -> Result<Self, GuestError> {
+        let host = HostVmPrerequisites::find()?;
+        let root = script("stock-qemu")?;
+        let libraries = root.join("usr/lib/x86_64-linux-gnu");
+        let accelerator = Accelerator::find(&host);
+        let qemu = Program {
+            words: vec![
+                libraries.join("ld-linux-x86-64.so.2"),
+                "--library-path".into(),
+                libraries.clone(),
+                root.join("usr/bin/qemu-system-x86_64"),
+            ],
+            environment: ("QEMU_MODULE_DIR", libraries.join("qemu")),
+            firmware: ["usr/share/qemu", "usr/share/seabios"]
+                .map(|directory| root.join(directory))
+                .into(),
+        };
         Ok(Self {
             host,
             qemu,
@@ -96,8 +142,8 @@ impl Machine {
             .map_err(GuestError::io("making a directory in", parent))?;
         let initramfs = files.path().join("initramfs.cpio");
         let driver = match config.balloon {
-            Balloon::Memballoon => Some(memballoon_driver()?),
-            Balloon::Aerostat | Balloon::Virtio | Balloon::Vmware => None,
+            Balloon::Memballoon => Some(script("guest-driver")?),
+            _ => None,
         };
         let archive = initramfs::build(
             &parts.host,
@@ -112,21 +158,21 @@ impl Machine {
                 kernel: &parts.host.kernel,
                 initramfs: &initramfs,
                 monitor: Path::new("monitor"),
+                firmware: &parts.qemu.firmware,
             },
         );
-        let library = parts.qemu.with_file_name("lib");
         // QEMU ends with the thread that started it, whatever becomes of that.
         let mut process = Command::new(&parts.host.setpriv)
             .args(["--pdeathsig", "KILL", "--"])
-            .arg(&parts.qemu)
+            .args(&parts.qemu.words)
             .args(command_line)
-            .env("LD_LIBRARY_PATH", library)
+            .env(parts.qemu.environment.0, &parts.qemu.environment.1)
             .current_dir(files.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .map_err(GuestError::io("starting", &parts.qemu))?;
+            .map_err(GuestError::io("starting", &parts.host.setpriv))?;
         let streams = (
             process.stdin.take(),
             process.stdout.take(),
@@ -307,17 +353,16 @@ impl Drop for Machine {
     }
 }
 
-/// The reference driver, built for the kernel that guests run; quick unless it changed.
-fn memballoon_driver() -> Result<PathBuf, GuestError> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/guest-driver");
+/// Runs a script of this project that prints where something is that it made.
+fn script(name: &str) -> Result<PathBuf, GuestError> {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let script = repository.join("scripts").join(name);
     let output = Command::new(&script)
         .output()
         .map_err(GuestError::io("starting", &script))?;
-    let module = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     if output.status.success() {
-        return Ok(Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("..")
-            .join(module));
+        return Ok(repository.join(said));
     }
     Err(GuestError::Answer {
         command: script.display().to_string(),
