@@ -2,9 +2,8 @@
 //! `aerostat-vhost-user` behind QEMU's vhost-user-test-device-pci.
 
 #![expect(
-    clippy::panic,
     clippy::unwrap_used,
-    reason = "the helpers of a test fail like the test"
+    reason = "the helper of a test fails like the test"
 )]
 
 use std::time::{Duration, Instant};
@@ -13,7 +12,6 @@ use aerostat_reclaim::vm::{ControlClient, DeviceStatus};
 use aerostat_tests::{
     artifacts,
     backend::Backend,
-    guest::prerequisites::skip_or_fail,
     qemu::{Machine, MachineConfig, MachinePrerequisites},
 };
 
@@ -39,12 +37,8 @@ fn inflate_to(control: &mut ControlClient, target: u64) -> DeviceStatus {
 
 #[test]
 fn stock_qemu_11_and_its_guest_work_with_the_back_end() {
-    let parts = match MachinePrerequisites::find_stock() {
-        Ok(parts) => parts,
-        Err(error) => {
-            skip_or_fail("stock QEMU over vhost-user", &error);
-            return;
-        }
+    let Some(parts) = MachinePrerequisites::find_stock_or_skip("stock QEMU over vhost-user") else {
+        return;
     };
     for packed in [false, true] {
         let options: &'static [&'static str] = if packed {

@@ -48,7 +48,7 @@ const MAX_ENTRIES: u64 = 1024 + 1023;
 
 /// How long the other guest may wait: a turn that is under way, and one more. The limit is for unoptimised
 /// builds on slow machines; docs/testing.md has what was measured.
-const LIMIT: Duration = Duration::from_millis(50);
+const LIMIT: Duration = Duration::from_millis(25);
 
 struct Machine {
     device: Device,

@@ -127,6 +127,17 @@ impl MachinePrerequisites {
             .map_err(|error| skip_or_fail(test, &error))
             .ok()
     }
+
+    /// As [`Self::find_stock`], for tests.
+    ///
+    /// # Panics
+    /// As [`Self::find_or_skip`].
+    #[must_use]
+    pub fn find_stock_or_skip(test: &str) -> Option<Self> {
+        Self::find_stock()
+            .map_err(|error| skip_or_fail(test, &error))
+            .ok()
+    }
 }
 
 impl Machine {
