@@ -218,7 +218,7 @@ fn a_guest_that_runs_out_of_memory_has_it_back_before_anything_is_killed() {
 
     // It took what was needed, in steps of 16 MiB, and not all there was (A4).
     let size = attribute(&mut machine, "size_bytes");
-    assert!(size < 320 * MIB && size >= 96 * MIB, "{size}");
+    assert!((96 * MIB..320 * MIB).contains(&size), "{size}");
     assert!(attribute(&mut machine, "oom_bytes") >= 16 * MIB);
     assert!(!machine.log().contains("Killed process"));
     assert!(machine.verify_working_set(&set).unwrap());
