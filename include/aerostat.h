@@ -1460,7 +1460,7 @@ int aerostat_device_set_extra_grant(struct aerostat_device *device,
 int aerostat_device_query(const struct aerostat_device *device, struct aerostat_balloon *out);
 
 /**
- * Sets how many bytes the balloon should hold of each node of the guest, target_bytes[i] of node i,
+ * Sets how many bytes the balloon should hold of each node of the guest, in the order of the nodes,
  * each rounded down to 4096, and of other nodes nothing; lets the guest hear of it as
  * aerostat_device_set_target() does (requirement X2). The target of the whole balloon is the sum, and
  * that is what a driver hears that did not select the feature. The next aerostat_device_set_target()
