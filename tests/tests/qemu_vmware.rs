@@ -15,6 +15,7 @@ use aerostat_tests::qemu::{
     config::BALLOON_PATH,
 };
 use serde_json::json;
+use std::os::unix::net::UnixListener;
 
 const MIB: u64 = 1 << 20;
 const MEMORY_MIB: u64 = 512;
@@ -67,16 +68,14 @@ fn the_stock_driver_inflates_is_refused_is_reset_and_deflates() {
             json!({"capabilities": [{"capability": "background-snapshot", "state": true}]}),
         )
         .unwrap();
-    machine
-        .monitor
-        .execute("migrate-set-parameters", json!({"max-bandwidth": 8 * MIB}))
-        .unwrap();
+    // To somebody who does not read it, so it lasts until it is cancelled.
     let file = machine.short_path().join("snapshot");
+    let nobody = UnixListener::bind(&file).unwrap();
     machine
         .monitor
         .execute(
             "migrate",
-            json!({"uri": format!("file:{}", file.display())}),
+            json!({"uri": format!("unix:{}", file.display())}),
         )
         .unwrap();
     eventually("the snapshot is being taken", || {
@@ -94,6 +93,7 @@ fn the_stock_driver_inflates_is_refused_is_reset_and_deflates() {
         .monitor
         .execute("migrate_cancel", json!({}))
         .unwrap();
+    drop(nobody);
     wait_for_balloon(&mut machine, TARGET_MIB + 32);
 
     // Reset by the host: all pages are the guest's, and it begins anew (V3).

@@ -1,4 +1,4 @@
-//! The configuration space: any access, against a model of twenty-four bytes.
+//! The configuration space: any access, against a model of its bytes.
 
 use crate::guest::Guest;
 use aerostat_device::{Device, DeviceConfig, DeviceKind, Runtime};
@@ -14,7 +14,8 @@ thread_local! {
 const PAGE_POISON: u64 = 1 << 4;
 const HOST_RESET: u64 = 1 << 51;
 const KIND: DeviceKind = DeviceKind::VirtioBalloon;
-const SPACE: usize = KIND.config_bytes(HOST_RESET);
+const NODE_TARGETS: u64 = 1 << 52;
+const SPACE: usize = KIND.config_bytes(HOST_RESET | NODE_TARGETS);
 
 #[derive(Arbitrary, Debug)]
 enum Access {
@@ -65,16 +66,16 @@ fn space(device: &Device) -> [u8; SPACE] {
 
 /// `reset_id` and `reset_ack`.
 fn reset_fields(space: &[u8; SPACE]) -> (&[u8], &[u8]) {
-    space[16..].split_at(4)
+    space[16..24].split_at(4)
 }
 
 fn step(device: &Device, access: &Access) {
     let before = space(device);
     match access {
         Access::Read(offset, len) => read(device, *offset, *len),
-        Access::Near(offset, len) => read(device, u64::from(offset % 32), *len),
+        Access::Near(offset, len) => read(device, u64::from(offset % 96), *len),
         Access::Write(offset, data) => write(device, *offset, &data.0),
-        Access::WriteNear(offset, data) => write(device, u64::from(offset % 32), &data.0),
+        Access::WriteNear(offset, data) => write(device, u64::from(offset % 96), &data.0),
         Access::Target(bytes) => match device.set_target_bytes(*bytes) {
             Ok(set) => {
                 assert_eq!((set, set % 4096), (device.target_bytes(), 0));
@@ -94,7 +95,7 @@ fn step(device: &Device, access: &Access) {
             assert_eq!(after[4..16], [0; 12], "a new driver starts with nothing");
             assert_eq!(after[..4], before[..4], "the target is the host's");
             assert_eq!(after[16..20], before[16..20], "ids go on");
-            assert_eq!(after[16..20], after[20..], "nothing is pending");
+            assert_eq!(after[16..20], after[20..24], "nothing is pending");
         }
         Access::Hints(true) => drop(device.start_hints(Duration::from_secs(600))),
         Access::Hints(false) => drop(device.finish_hints()),
@@ -146,7 +147,7 @@ fn write(device: &Device, offset: u64, data: &[u8]) {
         match place {
             Some(4..8) => expected[place.unwrap_or(0)] = *byte,
             Some(12..16) if poison => expected[place.unwrap_or(0)] = *byte,
-            Some(20..SPACE) if pending => expected[place.unwrap_or(0)] = *byte,
+            Some(20..24) if pending => expected[place.unwrap_or(0)] = *byte,
             Some(place @ 0..SPACE) => refused |= before[place] != *byte,
             _ => refused = true,
         }
