@@ -15,7 +15,12 @@ use aerostat_tests::qemu::{
     config::BALLOON_PATH,
 };
 use serde_json::json;
-use std::os::unix::net::UnixListener;
+use std::{
+    io::{self, Read},
+    os::unix::net::UnixListener,
+    thread,
+    time::Duration,
+};
 
 const MIB: u64 = 1 << 20;
 const MEMORY_MIB: u64 = 512;
@@ -31,6 +36,16 @@ fn held_by_the_guest_bytes(machine: &mut Machine) -> u64 {
         .find(|(name, _)| name.trim() == "current")
         .unwrap_or_else(|| panic!("{status}"));
     current.1.trim().parse::<u64>().unwrap() * 4096
+}
+
+/// Reads all of a stream at about 8 MiB a second.
+fn read_slowly(listener: &UnixListener) -> io::Result<()> {
+    let (mut stream, _) = listener.accept()?;
+    let mut piece = vec![0; 128 << 10];
+    while stream.read(&mut piece)? > 0 {
+        thread::sleep(Duration::from_millis(16));
+    }
+    Ok(())
 }
 
 #[test]
@@ -68,9 +83,11 @@ fn the_stock_driver_inflates_is_refused_is_reset_and_deflates() {
             json!({"capabilities": [{"capability": "background-snapshot", "state": true}]}),
         )
         .unwrap();
-    // To somebody who does not read it, so it lasts until it is cancelled.
+    // To somebody who reads slowly, so that it lasts until it is cancelled: the driver asks once a second, and QEMU
+    // takes such a snapshot as fast as it can.
     let file = machine.short_path().join("snapshot");
-    let nobody = UnixListener::bind(&file).unwrap();
+    let listener = UnixListener::bind(&file).unwrap();
+    let reader = thread::spawn(move || read_slowly(&listener));
     machine
         .monitor
         .execute(
@@ -93,7 +110,8 @@ fn the_stock_driver_inflates_is_refused_is_reset_and_deflates() {
         .monitor
         .execute("migrate_cancel", json!({}))
         .unwrap();
-    drop(nobody);
+    // It ends with an error where it was cut off.
+    let _ = reader.join().unwrap();
     wait_for_balloon(&mut machine, TARGET_MIB + 32);
 
     // Reset by the host: all pages are the guest's, and it begins anew (V3).
