@@ -247,7 +247,9 @@ impl Device {
         self.shared.show(&service);
         let before = self.target_bytes();
         self.shared.show_target();
-        if self.target_bytes() != before {
+        // The same sum may be another target on each node.
+        let by_node = !self.shared.wanted.lock().nodes().is_empty();
+        if by_node || self.target_bytes() != before {
             self.shared.announce_target();
         }
         Ok(())

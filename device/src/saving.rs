@@ -11,6 +11,7 @@ use crate::history::HistoryEvent;
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory};
 use crate::pages::ownership::Ownership;
 use crate::saved_state::{self, Runs, SavedQueue, SavedState};
+use crate::target::Target;
 
 impl Device {
     /// The device as bytes, for [`Self::restore`] by another process or host. Allowed in every state; of
@@ -94,7 +95,12 @@ impl Device {
         }
         protocol.restore(&saved.own, &shared.books);
         shared.show(&service);
-        *shared.wanted.lock() = saved.wanted;
+        // Nodes mean nothing to a device that does not offer them.
+        *shared.wanted.lock() = if protocol.has_node_targets() {
+            saved.wanted
+        } else {
+            Target::whole(saved.wanted.bytes())
+        };
         shared.show_target();
         shared.record(HistoryEvent::Restored);
         drop(service);

@@ -172,6 +172,21 @@ fn targets_of_nodes_move_with_the_guest() -> Result<()> {
     Ok(())
 }
 
+/// A device that does not offer the feature goes on with the sum, whatever it knows of nodes.
+#[test]
+fn a_target_of_nodes_is_their_sum_where_nodes_are_not_offered() -> Result<()> {
+    let vmm = Vmm::new()?;
+    let from = boot(&vmm, AEROSTAT_FEATURE_NODE_TARGETS, 0)?;
+    from.device().set_node_targets(&[MIB, 3 * MIB])?;
+    from.device().pause()?;
+    let state = from.device().save()?;
+    let to = vmm.assemble(&GuestConfig::with_regions(regions().to_vec()))?;
+    to.device().restore(&state)?;
+    assert_eq!(to.device().query()?.target_bytes, 4 * MIB);
+    assert_eq!(targets(to.device())?, [AEROSTAT_NO_TARGET; 2]);
+    Ok(())
+}
+
 /// X2 over memballoon: one message for all nodes; the sum to drivers without NODE.
 #[test]
 fn memballoon_says_the_minimum_of_each_node() -> Result<()> {

@@ -102,7 +102,7 @@ impl Discarder {
         for batch in plan.batches {
             // Punching holes holds the inode's lock exclusively: one worker per file.
             let parts = match &self.pool {
-                Some(pool) if batch.primitive.scales() => {
+                Some(pool) if batch.primitive.scales() && can_be_cut(memory, &batch) => {
                     (batch.bytes() / MIN_TASK_BYTES).clamp(1, u64::from(pool.workers()))
                 }
                 _ => 1,
@@ -151,6 +151,15 @@ impl Discarder {
         }
         outcome
     }
+}
+
+/// Whether the batch may be cut where [`Batch::split`] does: not inside a larger page.
+fn can_be_cut(memory: &GuestMemory, batch: &Batch) -> bool {
+    let page_bytes = |range: &plan::HostRange| {
+        let region = memory.regions().get(range.region);
+        region.map_or(0, |region| region.page_size_bytes)
+    };
+    batch.ranges.iter().map(page_bytes).max() <= Some(plan::CUT_BYTES)
 }
 
 /// Runs one batch in this thread.

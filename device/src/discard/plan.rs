@@ -3,6 +3,9 @@
 use super::probe::Capabilities;
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, NodeId, Pfn, PfnRange, Region};
 
+/// Batches are cut at multiples of this, so that no huge page is split between two workers.
+pub(super) const CUT_BYTES: u64 = 2 << 20;
+
 /// A run of pages inside one region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
@@ -105,12 +108,11 @@ impl Batch {
             into.push(self);
             return;
         }
-        const HUGE: u64 = 2 << 20;
-        let share = self.bytes().div_ceil(parts).next_multiple_of(HUGE);
+        let share = self.bytes().div_ceil(parts).next_multiple_of(CUT_BYTES);
         let (mut part, mut room) = (Vec::new(), share);
         for mut range in self.ranges {
             while range.len > room {
-                let cut = (range.start + room) / HUGE * HUGE;
+                let cut = (range.start + room) / CUT_BYTES * CUT_BYTES;
                 if cut > range.start {
                     let len = cut - range.start;
                     part.push(HostRange { len, ..range });

@@ -28,8 +28,9 @@ pub enum NotDiscarded {
     /// The rest was: of some frame that backs the range not all pages were given (`EAGAIN`).
     #[error("the range cuts a huge page whose other part was not given")]
     PartOfFrame,
-    /// The rest was: the kernel refused a part (`EIO`).
-    #[error("the kernel did not free all of the range")]
+    /// The kernel refused a part of it, or of a range that it was put together with; what of it is free is not
+    /// known (`EIO`).
+    #[error("the kernel did not free all of the range and its neighbours")]
     Failed,
 }
 

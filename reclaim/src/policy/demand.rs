@@ -66,6 +66,8 @@ pub(super) struct Recent {
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Trend {
     bytes_per_second: f64,
+    /// What balloons gave back and guests may still take.
+    permitted_bytes: f64,
     /// When it was looked at, what was available then, and what was in balloons.
     last: Option<(Duration, u64, u64)>,
 }
@@ -74,8 +76,11 @@ impl Trend {
     /// The time in which the past loses all but a third of its weight: periods may be much shorter, as
     /// pressure begins one.
     const MEMORY_SECONDS: f64 = 1.0;
+    /// A guest that has not taken by then what was given back to it was not in need of it.
+    const PERMIT_SECONDS: f64 = 10.0;
 
-    /// Takes in a sample. What balloons gave back in the meantime was meant to be used, and is no trend.
+    /// Takes in a sample. What balloons gave back is meant to be used, then or soon after, and is no trend. What
+    /// they brought says nothing of what guests take.
     pub(super) fn observe(&mut self, at: Duration, available_bytes: u64, ballooned_bytes: u64) {
         let now = (at, available_bytes, ballooned_bytes);
         let Some((before, available, ballooned)) = self.last.replace(now) else {
@@ -85,15 +90,22 @@ impl Trend {
         if seconds <= 0.0 {
             return;
         }
-        let given_back = ballooned.saturating_sub(ballooned_bytes);
-        let fall = available.saturating_sub(available_bytes.saturating_add(given_back));
+        self.permitted_bytes *= (-seconds / Self::PERMIT_SECONDS).exp();
+        self.permitted_bytes += ballooned.saturating_sub(ballooned_bytes) as f64;
+        let mut fall = available as f64 - available_bytes as f64;
+        let expected = fall.clamp(0.0, self.permitted_bytes);
+        self.permitted_bytes -= expected;
+        fall -= expected;
+        if ballooned_bytes > ballooned {
+            fall = fall.max(0.0);
+        }
         let weight = 1.0 - (-seconds / Self::MEMORY_SECONDS).exp();
-        self.bytes_per_second += weight * (fall as f64 / seconds - self.bytes_per_second);
+        self.bytes_per_second += weight * (fall / seconds - self.bytes_per_second);
     }
 
     /// How much less will be available after this time.
     fn fall_bytes(&self, time: Duration) -> u64 {
-        scaled(1, self.bytes_per_second * time.as_secs_f64())
+        scaled(1, self.bytes_per_second.max(0.0) * time.as_secs_f64())
     }
 }
 
@@ -148,7 +160,8 @@ pub(super) fn assess(
         },
         // All tasks waiting a tenth of the time is the beginning of thrashing (systemd-oomd and
         // oomd act between 5 and 60 %, after a longer time).
-        emergency: available_bytes.saturating_sub(trend.fall_bytes(ahead / 2)) < low_bytes
+        emergency: available_bytes < low_bytes
+            || near && available_bytes.saturating_sub(trend.fall_bytes(ahead / 2)) < low_bytes
             || near && (pressure.full > 10.0 || host.pressure_event && short_bytes > 0),
     }
 }
@@ -292,10 +305,43 @@ mod tests {
         trend.observe(Duration::ZERO, 20 * GIB, 30 * GIB);
         trend.observe(Duration::from_secs(1), 15 * GIB, 24 * GIB);
         assert_eq!(trend.fall_bytes(Duration::from_secs(2)), 0);
-        // No time has passed, or the clock went back.
-        trend.observe(Duration::from_secs(1), GIB, 0);
-        trend.observe(Duration::ZERO, 0, 0);
+        // Taken a little later than it was given back.
+        trend.observe(Duration::from_secs(2), 15 * GIB, 20 * GIB);
+        trend.observe(Duration::from_secs(3), 12 * GIB, 20 * GIB);
         assert_eq!(trend.fall_bytes(Duration::from_secs(2)), 0);
+        // No time has passed, or the clock went back.
+        trend.observe(Duration::from_secs(3), GIB, 20 * GIB);
+        trend.observe(Duration::ZERO, 0, 20 * GIB);
+        assert_eq!(trend.fall_bytes(Duration::from_secs(2)), 0);
+    }
+
+    #[test]
+    fn what_comes_and_goes_is_no_trend() {
+        let mut trend = Trend::default();
+        for second in 0..40 {
+            let available = if second % 2 == 0 { 20 * GIB } else { 16 * GIB };
+            trend.observe(Duration::from_secs(second), available, 0);
+        }
+        let fall = trend.fall_bytes(Duration::from_secs(2));
+        assert!(fall < 4 * GIB, "{} GiB", fall / GIB);
+        trend.observe(Duration::from_secs(40), 20 * GIB, 0);
+        assert_eq!(trend.fall_bytes(Duration::from_secs(2)), 0);
+    }
+
+    #[test]
+    fn a_fall_far_above_the_watermark_is_no_emergency() {
+        let mut trend = Trend::default();
+        for (second, available) in [60, 40, 20].into_iter().enumerate() {
+            trend.observe(Duration::from_secs(second as u64), available * GIB, 0);
+        }
+        let state = assess(
+            &host(20 * GIB),
+            &trend,
+            some(0.0),
+            80 * GIB,
+            &PolicyConfig::default(),
+        );
+        assert!(!state.emergency && state.demand_bytes > 0, "{state:?}");
     }
 
     #[test]
