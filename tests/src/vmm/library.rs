@@ -60,6 +60,9 @@ symbols! {
     aerostat_runtime_destroy(*mut *mut aerostat_runtime);
     aerostat_runtime_nodes(*const aerostat_runtime) -> c_int;
     aerostat_runtime_workers(*const aerostat_runtime) -> c_int;
+    aerostat_runtime_discard(
+        *const aerostat_runtime, *const aerostat_memory, *const aerostat_range, usize, *mut c_int
+    ) -> c_int;
     aerostat_memory_new(
         *const aerostat_memory_region, usize, *mut *mut aerostat_memory
     ) -> c_int;
