@@ -19,7 +19,8 @@ use super::{GuestError, Prerequisites};
 /// Virtio's device number of the traditional memory balloon.
 const BALLOON_DEVICE_ID: u32 = 5;
 
-/// Room on the tmpfs beside the guest's memory file: the kernel's run-time directory.
+/// Room on the tmpfs beside the guest's memory file and, for a moment after it rebooted, the one of before,
+/// which its back-end still has: the kernel's run-time directory.
 const SPARE_MIB: u64 = 64;
 
 /// Runs inside the namespaces. The shell stays the first process there: it reaps what User-Mode
@@ -173,7 +174,7 @@ pub(super) fn start(
     command
         .args(["/bin/sh", "-c", SCRIPT, "aerostat-guest"])
         .arg(ram)
-        .arg(format!("{}M", config.memory_mib + SPARE_MIB))
+        .arg(format!("{}M", 2 * config.memory_mib + SPARE_MIB))
         .arg(config.cgroup.as_deref().unwrap_or(Path::new("")));
     if let Some(cpu) = config.cpu {
         command.args(["taskset", "-c", &cpu.to_string()]);
