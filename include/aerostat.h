@@ -1579,8 +1579,9 @@ int aerostat_device_set_stats_interval(struct aerostat_device *device,
  * -EINVAL (it is empty, or does not consist of pages of 4096 bytes),
  * -EFAULT (a part is in no region of memory), -EROFS (in a read-only one), -EBUSY (in a pinned
  * one): none of it was discarded;
- * -EAGAIN (it cuts a huge page of which the rest was not given in this call), -EIO (the kernel
- * refused): the rest of it was.
+ * -EAGAIN (it cuts a huge page of which the rest was not given in this call): the rest of it was;
+ * -EIO (the kernel refused a part of it, or of ranges that touch it): what of it is free is not
+ * known.
  *
  * Returns: how many ranges are free, or -EINVAL (more than 1048576 ranges), -EFAULT (runtime or
  * memory is NULL, or ranges is NULL and n_ranges is not 0).
