@@ -244,12 +244,10 @@ impl Device {
                 *none = Some(balloon);
             }
         }
+        let before = self.shared.shown_target();
         self.shared.show(&service);
-        let before = self.target_bytes();
         self.shared.show_target();
-        // The same sum may be another target on each node.
-        let by_node = !self.shared.wanted.lock().nodes().is_empty();
-        if by_node || self.target_bytes() != before {
+        if self.shared.shown_target() != before {
             self.shared.announce_target();
         }
         Ok(())

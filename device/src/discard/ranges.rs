@@ -70,11 +70,7 @@ impl Discarder {
         let (mut pieces, mut cut) = (Vec::new(), Vec::new());
         for &range in &union {
             in_regions(memory, range, |index, region, part| {
-                let whole = match region.pages_per_frame() {
-                    1 => Some(part),
-                    _ => Frames::of(region).inside(part),
-                };
-                let whole = whole.unwrap_or(PfnRange {
+                let whole = Frames::of(region).inside(part).unwrap_or(PfnRange {
                     start: part.end,
                     end: part.end,
                 });
