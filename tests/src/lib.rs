@@ -11,3 +11,4 @@ pub mod host_vm;
 pub mod qemu;
 pub mod reclaimer;
 pub mod vmm;
+pub mod wait;

@@ -6,33 +6,26 @@
     reason = "the helper of a test fails like the test"
 )]
 
-use std::time::{Duration, Instant};
-
 use aerostat_reclaim::vm::{ControlClient, DeviceStatus};
 use aerostat_tests::{
     artifacts,
     backend::Backend,
-    qemu::{Machine, MachineConfig, MachinePrerequisites},
+    qemu::{Machine, MachineConfig, MachinePrerequisites, balloon::eventually},
 };
 
 const MIB: u64 = 1 << 20;
 const MEMORY_MIB: u64 = 512;
 const TARGET: u64 = 256 * MIB;
 const WORKING_SET_MIB: u64 = 64;
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Sets a target and waits until the guest is there and all of it is discarded.
 fn inflate_to(control: &mut ControlClient, target: u64) -> DeviceStatus {
     control.set_target(target).unwrap();
-    let begin = Instant::now();
-    loop {
+    eventually("the balloon has its size", || {
         let status = control.query().unwrap();
-        if status.actual_bytes == target && status.counters.pending_bytes == 0 {
-            return status;
-        }
-        assert!(begin.elapsed() < PATIENCE, "{status:?}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+        let there = status.actual_bytes == target && status.counters.pending_bytes == 0;
+        (there, status)
+    })
 }
 
 #[test]

@@ -10,17 +10,14 @@
     reason = "the helpers of a test fail like the test"
 )]
 
-use std::{
-    fmt::Debug,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{thread, time::Duration};
 
 use aerostat_reclaim::vm::{ControlClient, DeviceState, DeviceStatus};
 use aerostat_tests::{
     artifacts,
     backend::Backend,
     guest::{Prerequisites, UmlConfig, UmlGuest, WorkingSet},
+    wait::eventually,
 };
 
 const MIB: u64 = 1 << 20;
@@ -122,22 +119,6 @@ impl Scene {
             self.guest.verify_working_set(set).unwrap(),
             "the guest's data changed"
         );
-    }
-}
-
-/// Looks until the first value is true; returns the second one.
-fn eventually<T: Debug>(what: &str, patience: Duration, mut look: impl FnMut() -> (bool, T)) -> T {
-    let deadline = Instant::now() + patience;
-    loop {
-        let (done, seen) = look();
-        if done {
-            return seen;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "not within {patience:?}: {what}; last seen: {seen:?}"
-        );
-        thread::sleep(Duration::from_millis(10));
     }
 }
 

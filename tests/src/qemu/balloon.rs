@@ -2,13 +2,10 @@
 
 #![expect(clippy::panic, reason = "this is how a test fails")]
 
-use std::{
-    fmt::Debug,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{fmt::Debug, time::Duration};
 
 use super::Machine;
+use crate::wait;
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -20,19 +17,8 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 ///
 /// # Panics
 /// That takes longer than [`PATIENCE`].
-pub fn eventually<T: Debug>(what: &str, mut look: impl FnMut() -> (bool, T)) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let (done, seen) = look();
-        if done {
-            return seen;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "not within {PATIENCE:?}: {what}; last seen: {seen:?}"
-        );
-        thread::sleep(Duration::from_millis(20));
-    }
+pub fn eventually<T: Debug>(what: &str, look: impl FnMut() -> (bool, T)) -> T {
+    wait::eventually(what, PATIENCE, look)
 }
 
 /// Waits until guest and device agree on the balloon, and nothing waits to be discarded; returns the
