@@ -123,6 +123,7 @@ pub(crate) struct KickRegistration {
 
 impl Drop for KickRegistration {
     fn drop(&mut self) {
+        step();
         self.pool.kicks.write().remove(&self.id);
         if let Some(station) = self.pool.stations.get(self.station) {
             // SAFETY: both descriptors are open; EPOLL_CTL_DEL takes no event.

@@ -328,13 +328,17 @@ fn what_the_guest_writes_after_its_deflate_is_not_discarded() {
 /// What came while a flush was under way is flushed after it, by itself.
 #[test]
 fn what_waits_behind_a_flush_is_discarded_without_another_kick() {
-    model(2, |capabilities| {
+    model(3, |capabilities| {
         let host = Host::new(capabilities, MUST_TELL_HOST);
         host.guest.send(INFLATE);
-        let worker = host.worker(3);
+        let worker = host.worker(4);
         host.work_until(|| host.guest.used(INFLATE) == 1);
         // The pool has one worker, so this one has to wait if the first is still being discarded.
         host.guest.send_page(INFLATE, GIVEN + 1);
+        for _ in 0..4 {
+            host.runtime.turn(true);
+            thread::yield_now();
+        }
         worker.join().unwrap();
         while host.runtime.turn(true) {}
         host.check_books();
@@ -348,7 +352,7 @@ fn nothing_is_discarded_behind_a_reset() {
     model(3, |capabilities| {
         let host = Host::new(capabilities, MUST_TELL_HOST);
         host.guest.send(INFLATE);
-        let workers = [host.worker(2), host.worker(2)];
+        let workers = [host.worker(3), host.worker(2)];
         host.device.reset();
         host.check_books();
         host.guest.write_page(WRITTEN);
@@ -470,6 +474,12 @@ fn elements_across(barrier: fn(&Device)) {
             assert_eq!(completed, usize::from(!refused), "element {token}");
         }
     });
+}
+
+/// One that comes while another is served is served, too.
+#[test]
+fn elements_complete_once_without_a_barrier() {
+    elements_across(|_| {});
 }
 
 #[test]

@@ -249,6 +249,20 @@ impl Mapping {
     }
 }
 
+/// What khugepaged has filled up to whole huge pages since the machine started, at most and everywhere: where
+/// it finds a frame that is partly free it may take host memory for all of it, whoever freed it.
+#[must_use]
+pub fn collapsed_bytes() -> u64 {
+    let read = |name: &str| {
+        let file = format!("/sys/kernel/mm/transparent_hugepage/{name}");
+        let text = std::fs::read_to_string(file).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    // A kernel without huge pages has none of the two.
+    let pages = read("khugepaged/pages_collapsed").unwrap_or(0);
+    pages * read("hpage_pmd_size").unwrap_or(0)
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: unmaps exactly what `new` reserved, the mapping inside included. The library was
