@@ -169,7 +169,9 @@
 /**
  * Transparent huge pages of the host may be behind the region (MADV_HUGEPAGE, or a host where they
  * are always used), and are to be kept whole: pages are discarded once all of such a huge page is in
- * the balloon, and counted as held_bytes until then.
+ * the balloon, and counted as held_bytes until then. If the driver may use pages before it takes them
+ * back (no AEROSTAT_FEATURE_MUST_TELL_HOST), that has to be in one go: what comes in parts is kept, and
+ * counted as skipped_partial_bytes. The same holds for hugetlbfs, and for hosts with larger pages.
  *
  * Without it, single pages of a huge page are discarded at once. The host then splits the mapping, so
  * that the guest runs slower, and frees the memory only when the rest of the huge page is gone too, or
@@ -1143,8 +1145,9 @@ int aerostat_device_state(const struct aerostat_device *device);
  * covered may be unmapped. Running rings have to lie in the new table too. Balloon pages in
  * regions that went away are forgotten.
  *
- * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table) or
- * -EROFS (it is in a read-only region of it): the old one stays in use.
+ * Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table),
+ * -EROFS (it is in a read-only region of it), -ENOTSUP (it has extra regions, and the device has no use
+ * for them): the old one stays in use.
  *
  * Lifetime: the device keeps what it needs of memory, which may be destroyed at once; its mappings
  * have to stay (see aerostat_memory_new()).
@@ -1495,7 +1498,8 @@ int aerostat_device_query_node(const struct aerostat_device *device,
 
 /**
  * Lets inflated pages wait before they are discarded, so that many go at once: until limit_bytes wait,
- * until the first of them has waited delay_ms, or until the target is reached. A guest that inflates
+ * until the first of them has waited delay_ms, or until the target is reached with more than the last
+ * time: a guest cannot have each of its buffers flushed by itself. A guest that inflates
  * is acknowledged at once, as long as no more than twice limit_bytes wait. 128 MiB and 10 ms suit stock
  * guests; limit_bytes 0 (the default) discards before each acknowledgement.
  *
@@ -1620,8 +1624,8 @@ int aerostat_device_start_hints(struct aerostat_device *device,
  * Ends the round of hints, so that the guest may use its pages again. Hints that came can still be
  * taken.
  *
- * Returns: 0, or -EPROTO (no round is running; it may have ended by itself), -EFAULT (device is
- * NULL).
+ * Returns: 0, or -EPROTO (no round is running; it may have ended by itself), -ENOTSUP (the device is
+ * not of AEROSTAT_KIND_VIRTIO_BALLOON), -EFAULT (device is NULL).
  *
  * Threads: any. Never waits for the guest.
  */

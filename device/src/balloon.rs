@@ -65,6 +65,9 @@ pub(crate) struct Balloon {
     extra_grant_bytes: u64,
     discarder: Discarder,
     inhibited: bool,
+    /// Whether the driver takes a page out before it uses it again (S7). If not, each page of the balloon may
+    /// be in use from its acknowledgement on, so that a huge frame is discarded if all of it comes at once.
+    told: bool,
     window: Window,
     /// What is done for pages that the guest takes back.
     deflate: DeflateOptions,
@@ -90,6 +93,7 @@ impl Balloon {
             extra_grant_bytes: 0,
             discarder,
             inhibited: false,
+            told: true,
             deflate: DeflateOptions::default(),
             waiting: Arc::default(),
             pieces: Vec::new(),
@@ -203,6 +207,7 @@ impl Balloon {
     pub(crate) fn take(&mut self, ranges: &[PfnRange], duplicate_pages: u64, books: &Books) {
         self.land_before(ranges);
         let restores = self.deflate.is_any() && !self.inhibited;
+        let told = self.told;
         let mut returned = std::mem::take(&mut self.pieces);
         returned.clear();
         books.enter(|entry| {
@@ -228,7 +233,7 @@ impl Balloon {
                             });
                         }
                     };
-                    if region.pages_per_frame() == 1 {
+                    if region.pages_per_frame() == 1 || !told {
                         bitmap.remove(range, take);
                         let flow = &mut entry.node(region.node).balloon;
                         window.remove(index, range, |run| {
@@ -237,9 +242,12 @@ impl Balloon {
                         });
                     } else {
                         for frame in Frames::of(region).touching(range) {
-                            let open = OpenFrame::switch(&mut open, frame, region, bitmap, entry);
-                            // A frame that waits to be discarded no longer does: it is held again.
-                            window.remove(index, frame, |run| open.waiting_bytes += run.bytes());
+                            let open = OpenFrame::switch(&mut open, frame, entry, || {
+                                // A frame that waits to be discarded no longer does: it is held again.
+                                let mut waiting_bytes = 0;
+                                window.remove(index, frame, |run| waiting_bytes += run.bytes());
+                                (region.node, bitmap.count(frame), waiting_bytes)
+                            });
                             bitmap.remove(frame.intersection(range), |run| {
                                 take(run);
                                 open.after_pages -= run.pages();
@@ -266,6 +274,13 @@ impl Balloon {
             bitmap.map_or(0, |bitmap| bitmap.count(range))
         });
         self.pieces = returned;
+    }
+
+    /// Says whether the driver takes a page out before it uses it again.
+    pub(crate) fn set_told(&mut self, told: bool, books: &Books) {
+        if self.told != told {
+            self.carry_held_over(books, |balloon| balloon.told = told);
+        }
     }
 
     /// Changes what is done for pages that the guest takes back.
@@ -318,28 +333,43 @@ impl Balloon {
         self.replace(memory, ownership, books);
     }
 
-    /// Swaps table and bitmap and carries the books over: bytes that were held in incomplete frames
-    /// may no longer be, or now be.
-    fn replace(&mut self, memory: Arc<GuestMemory>, mut ownership: Ownership, books: &Books) {
-        let mut held: BTreeMap<Option<NodeId>, (u64, u64)> = BTreeMap::new();
-        for (index, region) in self.memory.regions().iter().enumerate() {
-            held.entry(region.node).or_default().0 +=
-                held_in_region(&mut self.ownership, index, region);
-        }
-        for (index, region) in memory.regions().iter().enumerate() {
-            held.entry(region.node).or_default().1 += held_in_region(&mut ownership, index, region);
+    /// Swaps table and bitmap.
+    fn replace(&mut self, memory: Arc<GuestMemory>, ownership: Ownership, books: &Books) {
+        self.carry_held_over(books, |balloon| {
+            balloon.ballooned_pages = 0;
+            ownership.runs(|run| balloon.ballooned_pages += run.pages());
+            balloon.extra_pages = extra::extra_pages(&memory);
+            balloon.ownership = ownership;
+            balloon.window = balloon.window.over(&memory);
+            balloon.memory = memory;
+        });
+    }
+
+    /// Makes a change upon which bytes that were held in incomplete frames may no longer be, or now be.
+    fn carry_held_over(&mut self, books: &Books, change: impl FnOnce(&mut Self)) {
+        let before = self.held();
+        change(self);
+        let mut held: BTreeMap<_, _> = self.held().into_iter().map(|(n, b)| (n, (0, b))).collect();
+        for (node, bytes) in before {
+            held.entry(node).or_default().0 = bytes;
         }
         books.enter(|entry| {
             for (node, (before, after)) in held {
                 set_held(&mut entry.node(node).balloon, before, after);
             }
         });
-        self.ballooned_pages = 0;
-        ownership.runs(|run| self.ballooned_pages += run.pages());
-        self.extra_pages = extra::extra_pages(&memory);
-        self.ownership = ownership;
-        self.window = self.window.over(&memory);
-        self.memory = memory;
+    }
+
+    /// The bytes that incomplete frames hold, on each node of the host.
+    fn held(&mut self) -> BTreeMap<Option<NodeId>, u64> {
+        let mut held = BTreeMap::new();
+        for (index, region) in self.memory.regions().iter().enumerate() {
+            if self.told && region.pages_per_frame() > 1 {
+                *held.entry(region.node).or_default() +=
+                    held_in_region(&mut self.ownership, index, region);
+            }
+        }
+        held
     }
 
     /// The node that the books know a piece under.
@@ -384,14 +414,20 @@ impl Balloon {
                 let Some(bitmap) = self.ownership.region(frame.region) else {
                     continue;
                 };
-                if bitmap.count(frame.range) == frame.range.pages() {
+                let pages = frame.range.pages();
+                if fresh_pages == pages || self.told && bitmap.count(frame.range) == pages {
                     let earlier = frame.range.bytes() - bytes(fresh_pages);
                     lower(&mut flow.held_bytes, earlier);
                     bump(&mut flow.pending_bytes, earlier);
                     pieces.push(frame);
                 } else {
                     lower(&mut flow.pending_bytes, bytes(fresh_pages));
-                    bump(&mut flow.held_bytes, bytes(fresh_pages));
+                    let left = if self.told {
+                        &mut flow.held_bytes
+                    } else {
+                        &mut flow.skipped_partial_bytes
+                    };
+                    bump(left, bytes(fresh_pages));
                 }
             }
         });
@@ -454,10 +490,22 @@ fn carry_out(
             lower(&mut flow.pending_bytes, piece.range.bytes());
             bump(&mut flow.discarded_bytes, piece.range.bytes());
         }
+        let mut sorted = Vec::new();
+        if !outcome.failed.is_empty() {
+            // Many failures among many pieces: each is looked up.
+            sorted.extend_from_slice(exact);
+            sorted.sort_unstable_by_key(|piece| (piece.region, piece.range.start));
+        }
         for failed in &outcome.failed {
             // Pages that were only bridged over were free before.
-            let of_region = exact.iter().filter(|piece| piece.region == failed.region);
-            let bytes = of_region
+            let before = |piece: &Piece| {
+                (piece.region, piece.range.end) <= (failed.region, failed.range.start)
+            };
+            let behind = sorted.iter().skip(sorted.partition_point(before));
+            let bytes = behind
+                .take_while(|piece| {
+                    piece.region == failed.region && piece.range.start < failed.range.end
+                })
                 .map(|piece| piece.range.intersection(failed.range).bytes())
                 .sum();
             let flow = account.of(entry.node(node(failed.region)));
@@ -518,25 +566,25 @@ struct OpenFrame {
 }
 
 impl OpenFrame {
-    /// Goes on with `frame`; the one before it is entered.
+    /// Goes on with `frame`, which is looked at if it is another one: its node, its pages in the balloon and
+    /// bytes that waited. The one before it is entered.
     fn switch<'a>(
         open: &'a mut Option<Self>,
         frame: PfnRange,
-        region: &Region,
-        bitmap: &Bitmap,
         entry: &mut Entry<'_>,
+        look: impl FnOnce() -> (Option<NodeId>, u64, u64),
     ) -> &'a mut Self {
         if let Some(last) = open.take_if(|open| open.frame != frame) {
             last.close(entry);
         }
         open.get_or_insert_with(|| {
-            let pages = bitmap.count(frame);
+            let (node, pages, waiting_bytes) = look();
             Self {
                 frame,
-                node: region.node,
+                node,
                 before_pages: pages,
                 after_pages: pages,
-                waiting_bytes: 0,
+                waiting_bytes,
             }
         })
     }
@@ -553,13 +601,10 @@ impl OpenFrame {
 
 /// The sum of [`held_bytes`] over a region.
 fn held_in_region(ownership: &mut Ownership, index: usize, region: &Region) -> u64 {
-    match ownership.region(index) {
-        Some(bitmap) if region.pages_per_frame() > 1 => Frames::of(region)
-            .touching(region.pfns())
-            .map(|frame| held_bytes(bitmap, frame))
-            .sum(),
-        _ => 0,
-    }
+    ownership.region(index).map_or(0, |bitmap| {
+        let frames = Frames::of(region).touching(region.pfns());
+        frames.map(|frame| held_bytes(bitmap, frame)).sum()
+    })
 }
 
 /// Enters that held bytes changed from `before` to `after` without a discard.

@@ -71,6 +71,22 @@ fn below_the_limit_nothing_is_freed_and_all_is_pending() {
     assert_eq!(guest.host_pages(), 2048 - 80);
 }
 
+/// I3: a guest at its target cannot have each of its buffers flushed by itself.
+#[test]
+fn a_guest_that_gives_the_same_again_is_flushed_in_its_time() {
+    let (mut guest, books, _runtime) = windowed(|_| ());
+    let give = |guest: &mut Guest, start| {
+        guest.balloon.give(&[range(start, 100)], 0, &books);
+        guest.balloon.flush_if_due(true, false, &books, || ());
+        guest.balloon.wait_for_flights();
+        flow(&books).pending_bytes
+    };
+    assert_eq!(give(&mut guest, 600), 0, "no more is to be expected");
+    guest.balloon.take(&[range(600, 100)], 0, &books);
+    assert_eq!(give(&mut guest, 800), 100 * 4096, "as large as before");
+    assert_eq!(give(&mut guest, 1000), 0, "larger than before");
+}
+
 #[test]
 fn an_accountant_hears_nothing_of_pages_that_only_waited() {
     let (mut guest, books, _runtime) = windowed(|_| ());

@@ -73,13 +73,27 @@ impl Device {
                 offset: saved_state::KIND_AT,
             });
         }
+        if saved.negotiated.is_none() && protocol.preselected().is_some() {
+            return Err(Error::SavedState {
+                what: "no features, which this protocol always has",
+                offset: 0,
+            });
+        }
         let (selected, empty) = (saved.negotiated.unwrap_or(0), runs.is_empty());
         let needed = selected | protocol.check_saved(&saved.own, selected, empty)?;
         refuse_others(needed, protocol.offered())?;
+        // What a driver or a VMM may not say is in no state that a device saved.
+        let is_sound = |checked: Result<()>, what| {
+            checked.map_err(|_error| Error::SavedState { what, offset: 0 })
+        };
         if let Some(selected) = saved.negotiated {
-            protocol.check_features(selected)?;
+            is_sound(
+                protocol.check_features(selected),
+                "features that do not go together",
+            )?;
         }
-        protocol.check_target(saved.wanted.bytes())?;
+        let target = protocol.check_target(saved.wanted.bytes());
+        is_sound(target, "a target that the protocol cannot say")?;
         let ownership = own(balloon.memory(), runs)?;
 
         // From here on nothing can fail.

@@ -110,7 +110,8 @@ impl Service {
         Ok((features, balloon))
     }
 
-    /// Lets pages wait before they are discarded, if the driver promised to tell before it uses them.
+    /// Lets pages wait before they are discarded, alone or for the rest of a huge frame, if the driver promised
+    /// to tell before it uses them.
     pub(crate) fn open_window(&mut self, protocol: &dyn Protocol, books: &Books) {
         let told = self
             .features
@@ -122,6 +123,7 @@ impl Service {
         };
         if let Some(balloon) = &mut self.balloon {
             balloon.set_write_behind(setting, books);
+            balloon.set_told(told, books);
         }
     }
 
@@ -161,6 +163,8 @@ impl Shared {
     pub(crate) const TIMER: u16 = 30;
     /// The mark that a flush of the window is done.
     const FLUSHED: u32 = 1 << 29;
+    /// The mark that elements were submitted, be it to a queue that is not there.
+    const SUBMITTED: u32 = 1 << 28;
 
     pub(crate) fn new(
         runtime: &Runtime,
@@ -378,7 +382,8 @@ impl Shared {
             balloon.reset(&self.books);
         }
         service.open_window(&*self.protocol, &self.books);
-        self.turnstile.forget();
+        // The timer rings once, and is set again by who heard it.
+        self.turnstile.forget_all_but(1 << Self::TIMER);
         self.show(service);
         if set_up {
             self.record(HistoryEvent::Reset);
@@ -590,6 +595,6 @@ impl Servable for Shared {
             self.tend_window(&mut self.service.lock(), false);
         }
         drop(guard);
-        self.turnstile.leave(more, || !self.submitted.1.is_empty())
+        self.turnstile.leave(more)
     }
 }

@@ -110,6 +110,8 @@ static void bad_tables(const struct guest *guest, int memfd)
     REFUSED(E2BIG, aerostat_memory_new(two, 1, &memory));
     two[0] = good, two[0].flags = 1u << 31;
     REFUSED(EINVAL, aerostat_memory_new(two, 1, &memory));
+    two[0] = good, two[0].reserved = 1;
+    REFUSED(EINVAL, aerostat_memory_new(two, 1, &memory));
     two[0] = good, two[0].hva = NULL;
     REFUSED(EFAULT, aerostat_memory_new(two, 1, &memory));
     two[0] = good, two[0].hva = guest->ram + 1;
@@ -169,6 +171,8 @@ static void bad_devices(struct aerostat_runtime *runtime, int memfd)
     config = good, config.kind = 99;
     REFUSED(EINVAL, aerostat_device_new(runtime, &config, &device));
     config = good, config.flags = 4;
+    REFUSED(EINVAL, aerostat_device_new(runtime, &config, &device));
+    config = good, config.reserved = 1;
     REFUSED(EINVAL, aerostat_device_new(runtime, &config, &device));
     config = good, config.features = (uint64_t)1 << 63;
     REFUSED(ENOTSUP, aerostat_device_new(runtime, &config, &device));

@@ -1,7 +1,7 @@
 //! The device: its making, its life cycle, its end.
 #![allow(unsafe_code, reason = "exports symbols to C")]
 
-use crate::boundary::{Outcome, Refusal, call, call_unit, check_flags};
+use crate::boundary::{Outcome, Refusal, call, call_unit, check_flags, check_reserved};
 use crate::cgroup::AttachedTo;
 use crate::fd;
 use crate::handle::{self, Handle, Slot};
@@ -150,6 +150,7 @@ pub unsafe extern "C" fn aerostat_device_new(
         // SAFETY: NULL, or as long as its size says (the rule for pointers).
         let config = unsafe { versioned::read(config) }?;
         check_flags("aerostat_device_config.flags", config.flags, 0)?;
+        check_reserved("aerostat_device_config.reserved", config.reserved.into())?;
         let [config_event, completion_event] = fd::eventfd_pair(
             ("aerostat_device_config.config_fd", config.config_fd),
             ("aerostat_device_config.completion_fd", config.completion_fd),
@@ -205,8 +206,9 @@ pub unsafe extern "C" fn aerostat_device_state(device: *const aerostat_device) -
 /// covered may be unmapped. Running rings have to lie in the new table too. Balloon pages in
 /// regions that went away are forgotten.
 ///
-/// Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table) or
-/// -EROFS (it is in a read-only region of it): the old one stays in use.
+/// Returns: 0, or -EFAULT (a pointer is NULL), -ERANGE (a running ring is not in the new table),
+/// -EROFS (it is in a read-only region of it), -ENOTSUP (it has extra regions, and the device has no use
+/// for them): the old one stays in use.
 ///
 /// Lifetime: the device keeps what it needs of memory, which may be destroyed at once; its mappings
 /// have to stay (see aerostat_memory_new()).

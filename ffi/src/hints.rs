@@ -65,8 +65,8 @@ pub unsafe extern "C" fn aerostat_device_start_hints(
 /// Ends the round of hints, so that the guest may use its pages again. Hints that came can still be
 /// taken.
 ///
-/// Returns: 0, or -EPROTO (no round is running; it may have ended by itself), -EFAULT (device is
-/// NULL).
+/// Returns: 0, or -EPROTO (no round is running; it may have ended by itself), -ENOTSUP (the device is
+/// not of AEROSTAT_KIND_VIRTIO_BALLOON), -EFAULT (device is NULL).
 ///
 /// Threads: any. Never waits for the guest.
 #[unsafe(no_mangle)]

@@ -1,7 +1,7 @@
 //! The guest's memory, as the VMM has it mapped.
 #![allow(unsafe_code, reason = "exports symbols to C")]
 
-use crate::boundary::{Outcome, Refusal, call_unit, check_flags};
+use crate::boundary::{Outcome, Refusal, call_unit, check_flags, check_reserved};
 use crate::fd;
 use crate::handle::{self, Handle, Slot};
 use crate::versioned::{self, Versioned};
@@ -23,7 +23,9 @@ pub const AEROSTAT_REGION_PINNED: u32 = 1u32 << 2;
 
 /// Transparent huge pages of the host may be behind the region (MADV_HUGEPAGE, or a host where they
 /// are always used), and are to be kept whole: pages are discarded once all of such a huge page is in
-/// the balloon, and counted as held_bytes until then.
+/// the balloon, and counted as held_bytes until then. If the driver may use pages before it takes them
+/// back (no AEROSTAT_FEATURE_MUST_TELL_HOST), that has to be in one go: what comes in parts is kept, and
+/// counted as skipped_partial_bytes. The same holds for hugetlbfs, and for hosts with larger pages.
 ///
 /// Without it, single pages of a huge page are discarded at once. The host then splits the mapping, so
 /// that the guest runs slower, and frees the memory only when the rest of the huge page is gone too, or
@@ -156,6 +158,7 @@ pub unsafe extern "C" fn aerostat_memory_destroy(memory: *mut *mut aerostat_memo
 /// Checks what only this side of the boundary can see; the rest is the table's.
 fn region(from: &aerostat_memory_region) -> Outcome<Region> {
     check_flags("aerostat_memory_region.flags", from.flags, REGION_FLAGS)?;
+    check_reserved("aerostat_memory_region.reserved", from.reserved.into())?;
     if from.hva.is_null() {
         return Err(Refusal::Null("aerostat_memory_region.hva"));
     }

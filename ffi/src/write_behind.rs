@@ -8,7 +8,8 @@ use std::ffi::c_int;
 use std::time::Duration;
 
 /// Lets inflated pages wait before they are discarded, so that many go at once: until limit_bytes wait,
-/// until the first of them has waited delay_ms, or until the target is reached. A guest that inflates
+/// until the first of them has waited delay_ms, or until the target is reached with more than the last
+/// time: a guest cannot have each of its buffers flushed by itself. A guest that inflates
 /// is acknowledged at once, as long as no more than twice limit_bytes wait. 128 MiB and 10 ms suit stock
 /// guests; limit_bytes 0 (the default) discards before each acknowledgement.
 ///

@@ -113,13 +113,14 @@ impl Balloon {
         landed: impl Fn() + Clone + Send + 'static,
     ) {
         self.window.land();
+        let settled = settled.then_some(self.ballooned_pages);
         while self.window.flushes(settled) {
             if busy && !self.has_spare() && !self.window.is_overfull() {
                 return;
             }
             // The first part is the caller's, if others are not to be woken.
             let mut own = true;
-            while self.launch_part(settled, own, books, &landed) {
+            while self.launch_part(own, books, &landed) {
                 own = false;
             }
             let earliest = self
@@ -141,7 +142,7 @@ impl Balloon {
 
     /// Discards a little of what is due, in some 10 us; false if nothing is.
     pub(crate) fn flush_a_morsel(&mut self, books: &Books) -> bool {
-        if !self.window.flushes(false) {
+        if !self.window.flushes(None) {
             return false;
         }
         let (memory, discarder) = (&self.memory, &self.discarder);
@@ -157,7 +158,6 @@ impl Balloon {
     /// if none is left, or enough are at it.
     fn launch_part(
         &mut self,
-        settled: bool,
         own: bool,
         books: &Arc<Books>,
         landed: &(impl Fn() + Clone + Send + 'static),
@@ -167,7 +167,8 @@ impl Balloon {
             return false;
         };
         // Where processors are scarce the worker that serves the guest does it between kicks.
-        let most = if settled || pool.has_spare() {
+        let hurries = self.window.hurries();
+        let most = if hurries || pool.has_spare() {
             pool.workers() as usize
         } else {
             1
@@ -207,7 +208,7 @@ impl Balloon {
             landed();
         });
         self.window.launch(Flight { pieces, done });
-        if own && (settled || !pool.has_spare()) {
+        if own && (hurries || !pool.has_spare()) {
             pool.spawn_here(node, part);
         } else {
             pool.spawn(node, part);

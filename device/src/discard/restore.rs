@@ -26,6 +26,9 @@ impl DeflateOptions {
 
 /// Base pages of a frame that can be rebuilt.
 const FRAME_PAGES: u64 = 512;
+/// The most frames that are rebuilt at a time. Each may cost a copy of 2 MiB, and a guest may name as many
+/// frames as it names pages (I3); khugepaged sees to the rest, if the host has it on.
+const MAX_REBUILT: u32 = 16;
 
 /// Does what `options` say for `pieces`, which were just taken out of the balloon; `owned` counts the
 /// pages of a range, in a region, that are still in it.
@@ -35,7 +38,7 @@ pub(crate) fn restore(
     options: DeflateOptions,
     mut owned: impl FnMut(usize, PfnRange) -> u64,
 ) {
-    let mut rebuilt = None;
+    let (mut rebuilt, mut left) = (None, MAX_REBUILT);
     for piece in pieces {
         let Some(region) = memory.regions().get(piece.region) else {
             continue;
@@ -54,9 +57,10 @@ pub(crate) fn restore(
             let frame = PfnRange::new(Pfn(start), FRAME_PAGES);
             let whole = frame.intersection(region.pfns()) == frame;
             let again = rebuilt == Some((piece.region, frame.start));
-            if options.rebuild && whole && !again && owned(piece.region, frame) == 0 {
+            if options.rebuild && left > 0 && whole && !again && owned(piece.region, frame) == 0 {
                 advise(region, frame, libc::MADV_COLLAPSE);
                 rebuilt = Some((piece.region, frame.start));
+                left -= 1;
             }
         }
     }

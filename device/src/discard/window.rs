@@ -54,7 +54,8 @@ impl Slice {
         pages: 512,
         frames: 16,
         runs: 128,
-        blocks: usize::MAX,
+        // So few pages may wait in so much memory that looking at all of it would take longer.
+        blocks: 4096,
     };
     /// What fits between two buffers of a guest that sends one after the other, some 10 us: of private
     /// memory, and of files, where a run costs a call.
@@ -118,6 +119,10 @@ pub(crate) struct Window {
     since: Option<Instant>,
     /// What is still to be taken out of what waited when the flush began; 0 if none is under way.
     flushing_bytes: u64,
+    /// Whether that flush has all workers that there are, since the guest gives no more.
+    hurries: bool,
+    /// How large the balloon was when a flush last hurried, since one last came by itself.
+    hurried_pages: u64,
     flights: Vec<Flight>,
 }
 
@@ -131,6 +136,8 @@ impl Window {
             waiting_bytes: 0,
             since: None,
             flushing_bytes: 0,
+            hurries: false,
+            hurried_pages: 0,
             flights: Vec::new(),
         }
     }
@@ -164,18 +171,29 @@ impl Window {
             .and_then(|since| since.checked_add(self.setting.delay))
     }
 
-    /// Begins to flush what waits if it is as much as there should be, or has waited long enough, or is
-    /// not to wait any more (`now`); true while there is more to flush.
-    pub(crate) fn flushes(&mut self, now: bool) -> bool {
+    /// Begins to flush what waits if it is as much as there should be, or has waited long enough, or no more
+    /// is to be expected, with so many pages in a balloon that is `settled`; true while there is more to flush.
+    ///
+    /// A guest that takes back what it gave, and gives it again, is not settled: it could have each of its
+    /// buffers flushed by itself otherwise.
+    pub(crate) fn flushes(&mut self, settled: Option<u64>) -> bool {
         let due = || {
             let full = self.waiting_bytes >= self.setting.limit_bytes;
             full || self.deadline().is_none_or(|due| Instant::now() >= due)
         };
-        if !self.is_empty() && (now || self.flushing_bytes == 0 && due()) {
+        let more = settled.filter(|pages| *pages > self.hurried_pages);
+        if !self.is_empty() && (more.is_some() || self.flushing_bytes == 0 && due()) {
             self.flushing_bytes = self.waiting_bytes;
             self.since = None;
+            self.hurries = more.is_some();
+            self.hurried_pages = more.unwrap_or(0);
         }
         self.flushing_bytes > 0
+    }
+
+    /// Whether the flush under way is for a guest that gives no more.
+    pub(crate) fn hurries(&self) -> bool {
+        self.hurries
     }
 
     /// Whether it holds so much that more has to wait for the flush under way.

@@ -26,7 +26,7 @@ impl Shared {
         }
         let count = self.protocol.kind().queues();
         // Whoever is woken has the device; what one turn here leaves is for a worker.
-        let mut left = self.wake(queues & ((1 << count) - 1));
+        let mut left = self.wake(queues & ((1 << count) - 1) | Self::SUBMITTED);
         if left && here {
             left = self.serve(&mut Scratch::default(), &Patience::NONE);
         }

@@ -9,8 +9,8 @@
 
 use aerostat_device::memory::{Gpa, GuestNode, HostSlice};
 use aerostat_device::{
-    Device, DeviceConfig, DeviceState, GuestMemory, QueueConfig, QueuePosition, Region, RingConfig,
-    Runtime,
+    Device, DeviceConfig, DeviceKind, DeviceState, GuestMemory, QueueConfig, QueuePosition, Region,
+    RingConfig, Runtime,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -26,6 +26,10 @@ const PAGE_REPORTING: u64 = 1 << 5;
 const INFLATE: u16 = 0;
 const DEFLATE: u16 = 1;
 const REPORTING: u16 = 2;
+/// Of the memory balloon: pages of 4 KiB, the queue of commands, and the one that gives pages.
+const PAGES_OF_4K: u64 = 1 << 1;
+const TODEVQ: u16 = 1;
+const GIVE: u64 = 1;
 
 const PAGE: u64 = 4096;
 const SIZE: u16 = 256;
@@ -53,7 +57,7 @@ const LIMIT: Duration = Duration::from_millis(25);
 struct Machine {
     device: Device,
     memory: Arc<GuestMemory>,
-    kicks: Vec<OwnedFd>,
+    kicks: [Option<OwnedFd>; 3],
     sent: [u16; 3],
     places: [usize; 2],
 }
@@ -80,7 +84,7 @@ fn map(fd: Option<&OwnedFd>) -> usize {
 }
 
 impl Machine {
-    fn new(runtime: &Arc<Runtime>) -> Self {
+    fn new(runtime: &Arc<Runtime>, kind: DeviceKind) -> Self {
         let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&file, REGION).unwrap();
         let places = [map(None), map(Some(&file))];
@@ -102,18 +106,26 @@ impl Machine {
         let regions = vec![region(0, None), region(1, Some(file))];
         // SAFETY: unmapped behind the device only, and nothing refers to the memory but by address.
         let memory = unsafe { GuestMemory::new(regions) }.unwrap();
-        let device = Device::new(runtime, DeviceConfig::default()).unwrap();
-        let features = VERSION_1 | INDIRECT_DESC | PAGE_REPORTING;
+        let config = DeviceConfig {
+            kind,
+            ..DeviceConfig::default()
+        };
+        let device = Device::new(runtime, config).unwrap();
+        let (features, queues): (_, &[u16]) = match kind {
+            DeviceKind::VirtioBalloon => (PAGE_REPORTING, &[INFLATE, DEFLATE, REPORTING]),
+            _ => (PAGES_OF_4K, &[TODEVQ]),
+        };
+        let features = features | VERSION_1 | INDIRECT_DESC;
         device.set_features(features).unwrap();
         device.set_memory(Arc::clone(&memory)).unwrap();
         let mut machine = Self {
             device,
             memory,
-            kicks: Vec::new(),
+            kicks: [const { None }; 3],
             sent: [0; 3],
             places,
         };
-        for queue in [INFLATE, DEFLATE, REPORTING] {
+        for &queue in queues {
             let base = RINGS * u64::from(queue);
             let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
             let ring = RingConfig {
@@ -124,7 +136,7 @@ impl Machine {
                 call: None,
                 position: QueuePosition::SPLIT_START,
             };
-            machine.kicks.push(kick);
+            machine.kicks[usize::from(queue)] = Some(kick);
             let config = QueueConfig {
                 size: SIZE,
                 ring: Some(ring),
@@ -201,7 +213,8 @@ impl Machine {
         }
         *sent = index;
         self.put(base + PAGE + 2, &index.to_le_bytes());
-        rustix::io::write(&self.kicks[usize::from(queue)], &1u64.to_ne_bytes()).unwrap();
+        let kick = self.kicks[usize::from(queue)].as_ref().unwrap();
+        rustix::io::write(kick, &1u64.to_ne_bytes()).unwrap();
     }
 
     fn is_served(&self, queue: u16) -> bool {
@@ -242,6 +255,9 @@ fn processor_time() -> Duration {
     )
 }
 
+/// What the memory balloon's guest asks for; the other loads are of the traditional balloon's.
+const COMMANDS: &str = "commands that give scattered pages of a file";
+
 /// What the hostile guest has waiting when the other one kicks.
 type Load = fn(&mut Machine);
 
@@ -251,19 +267,43 @@ fn lists(machine: &mut Machine, queue: u16, pages: impl Iterator<Item = u64>) {
     machine.offer(queue, &vec![vec![list]; SIZE.into()]);
 }
 
+/// Fills three lists with every other page from `first` on, all of which the host has.
+fn distinct_lists(machine: &mut Machine, first: u64) {
+    machine.touch(first, 3 * 2048);
+    let list = |machine: &Machine, number: u64| {
+        let pages = scattered(first + 2048 * number);
+        vec![machine.list(BUFFERS + PAGE * number, pages)]
+    };
+    let chains: Vec<_> = (0..3).map(|number| list(machine, number)).collect();
+    machine.offer(INFLATE, &chains);
+}
+
 /// Every other page of as many as one list may name: none merges with another.
 fn scattered(first: u64) -> impl Iterator<Item = u64> {
     (0..1024).map(move |number| first + 2 * number)
 }
 
-const LOADS: [(&str, Load); 8] = [
+const LOADS: [(&str, Load); 9] = [
+    (COMMANDS, |machine| {
+        machine.touch(FILE, REGION / PAGE);
+        let commands: Vec<_> = (0..4)
+            .map(|number| {
+                let pages = scattered(FILE + 2048 * number).map(|page| page * PAGE);
+                let fields = [GIVE].into_iter().chain(pages);
+                let bytes: Vec<u8> = fields.flat_map(u64::to_le_bytes).collect();
+                let gpa = BUFFERS + 4 * PAGE * number;
+                machine.put(gpa, &bytes);
+                let len = u32::try_from(bytes.len()).unwrap();
+                vec![Buffer { gpa, len, flags: 0 }]
+            })
+            .collect();
+        machine.offer(TODEVQ, &commands);
+    }),
     ("scattered pages of private memory", |machine| {
-        machine.touch(PRIVATE, 2048);
-        lists(machine, INFLATE, scattered(PRIVATE));
+        distinct_lists(machine, PRIVATE);
     }),
     ("scattered pages of a file", |machine| {
-        machine.touch(FILE, 2048);
-        lists(machine, INFLATE, scattered(FILE));
+        distinct_lists(machine, FILE);
     }),
     (
         "a list just short of the bound before the longest",
@@ -329,8 +369,13 @@ fn a_guest_waits_for_no_more_than_two_turns_of_a_hostile_one() {
     for (what, load) in LOADS {
         let (mut least, mut most_entries) = (Duration::MAX, 0);
         for _ in 0..3 {
-            let mut hostile = Machine::new(&runtime);
-            let mut modest = Machine::new(&runtime);
+            let kind = if what == COMMANDS {
+                DeviceKind::Memballoon
+            } else {
+                DeviceKind::VirtioBalloon
+            };
+            let mut hostile = Machine::new(&runtime, kind);
+            let mut modest = Machine::new(&runtime, DeviceKind::VirtioBalloon);
             load(&mut hostile);
             let list = modest.list(BUFFERS, PRIVATE..PRIVATE + 256);
             modest.offer(INFLATE, &[vec![list]]);

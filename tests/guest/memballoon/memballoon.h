@@ -18,13 +18,15 @@
 #include <linux/mutex.h>
 #include <linux/notifier.h>
 #include <linux/shrinker.h>
+#include <linux/sizes.h>
 #include <linux/types.h>
 #include <linux/virtio.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
 
-/* The most addresses of a command, and the most nodes of a message. */
+/* The most addresses of a command, the most bytes of more than two, and the most nodes of a message. */
 #define MEMBALLOON_ADDRESSES	1024
+#define MEMBALLOON_BYTES	SZ_2G
 #define MEMBALLOON_NODES	16
 
 /* The device may say how large the balloon should be on each node. */
@@ -167,6 +169,14 @@ struct memballoon_batch {
 static inline unsigned int memballoon_units(const struct memballoon *mb)
 {
 	return 1U << (mb->block_order - mb->unit_order);
+}
+
+/* The most addresses of a command, with pages of the negotiated size. */
+static inline unsigned int memballoon_room(const struct memballoon *mb)
+{
+	u64 fit = MEMBALLOON_BYTES >> (PAGE_SHIFT + mb->unit_order);
+
+	return clamp_t(u64, fit, 2, MEMBALLOON_ADDRESSES);
 }
 
 static inline unsigned long

@@ -169,7 +169,7 @@ bool memballoon_allocate(struct memballoon *mb, struct memballoon_batch *batch,
 			 int nid, unsigned long want, bool sleeping)
 {
 	unsigned int units = memballoon_units(mb);
-	unsigned int room = MEMBALLOON_ADDRESSES;
+	unsigned int room = memballoon_room(mb);
 	unsigned long block = 1UL << mb->block_order;
 	struct page *page;
 	int last = nid;
@@ -309,7 +309,7 @@ long memballoon_put(struct memballoon *mb, struct memballoon_batch *batch)
 		memballoon_add_small(mb, page);
 	}
 	list_for_each_entry_safe(page, next, &batch->blocks, lru) {
-		if (n + units > MEMBALLOON_ADDRESSES) {
+		if (n + units > memballoon_room(mb)) {
 			err = err ?: memballoon_give(mb, n);
 			n = 0;
 		}
@@ -345,7 +345,7 @@ static unsigned int name_wanted(struct memballoon_node *node,
 		memballoon_append(mb, &n, page, 1);
 	/* From here on in units of the negotiated size. */
 	want = DIV_ROUND_UP(want - batch->nr_small, 1UL << mb->unit_order);
-	while (want && node->nr_blocks && n + units <= MEMBALLOON_ADDRESSES) {
+	while (want && node->nr_blocks && n + units <= memballoon_room(mb)) {
 		unsigned int some = min_t(unsigned long, want, units);
 
 		page = remove_block(node);
@@ -453,7 +453,7 @@ int memballoon_give_again(struct memballoon *mb)
 	for (nid = 0; nid < nr_node_ids && !err; nid++) {
 		list_for_each_entry(page, &mb->nodes[nid].blocks, lru) {
 			memballoon_append(mb, &n, page, units);
-			if (n + units <= MEMBALLOON_ADDRESSES)
+			if (n + units <= memballoon_room(mb))
 				continue;
 			err = memballoon_give(mb, n);
 			n = 0;

@@ -216,6 +216,7 @@ fn plug(guest: &mut Guest, model: &mut Model) -> Result<String> {
     let pages = REMOVABLE / PAGE_BYTES..end;
     let present = model.regions.iter().any(|region| region.gpa == REMOVABLE);
     model.flush();
+    model.hurried = 0;
     if present {
         guest.change_memory(None, Some(REMOVABLE))?;
         model.regions.retain(|region| region.gpa != REMOVABLE);

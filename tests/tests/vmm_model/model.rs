@@ -52,6 +52,8 @@ pub(super) struct Model {
     pub(super) waits: bool,
     /// Pages of the balloon that are not discarded yet.
     pub(super) waiting: BTreeSet<u64>,
+    /// How many pages the balloon had when it was last flushed since no more was to be expected.
+    pub(super) hurried: usize,
     /// The device may refuse pages.
     pub(super) refuses: bool,
     pub(super) target: u64,
@@ -87,9 +89,11 @@ impl Model {
         }
     }
 
-    /// Nothing more is to be expected of a guest that has reached its target.
+    /// Nothing more is to be expected of a guest that has reached its target with more than before.
     pub(super) fn flush_if_settled(&mut self) {
-        if self.ballooned.len() as u64 >= self.target {
+        let pages = self.ballooned.len();
+        if pages as u64 >= self.target && pages > self.hurried && !self.waiting.is_empty() {
+            self.hurried = pages;
             self.flush();
         }
     }
@@ -107,6 +111,7 @@ impl Model {
             self.back_to_guest(pfn);
         }
         self.waiting.clear();
+        self.hurried = 0;
     }
 
     /// What the guest finds in a page of the balloon that it has again. A flush may discard pages once

@@ -19,13 +19,16 @@ const EXCHANGE: u64 = 2;
 
 /// The size of every field.
 const FIELD_BYTES: u64 = 8;
-/// The most addresses a command may have. With pages of 2 MiB that is 2 GiB, which a worker discards in
-/// some tenths of a second; smaller pages take less (I3).
-pub(super) const MAX_ADDRESSES: u64 = 1024;
-/// How much is served before other devices get a turn: commands, buffers that they consist of, and pages
-/// of 4 KiB that they name.
+/// The most addresses a command may have, however small its pages: each may cost a call (I3).
+const MAX_ADDRESSES: u64 = 1024;
+/// The most memory a command may name, in pages of 4 KiB, if it is more than two pages: 2 GiB, which a worker
+/// discards in some tenths of a second.
+const MAX_PAGES: u64 = 1 << 19;
+/// How much is served before other devices get a turn: commands, buffers that they consist of, addresses,
+/// and pages of 4 KiB that they name.
 const MAX_COMMANDS_PER_TURN: usize = 256;
 const MAX_BUFFERS_PER_TURN: usize = 1 << 15;
+const MAX_ADDRESSES_PER_TURN: u64 = MAX_ADDRESSES;
 const MAX_PAGES_PER_TURN: u64 = 1 << 18;
 /// How often a queue that keeps filling up is looked at again within one turn.
 const MAX_ROUNDS_PER_TURN: u32 = 4;
@@ -49,6 +52,7 @@ pub(super) fn serve(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, Ri
 struct Batch {
     /// The fields of the command that is being carried out.
     fields: Vec<u64>,
+    addresses: u64,
     pages: u64,
     buffers: usize,
     gives: u64,
@@ -64,6 +68,7 @@ fn serve_batch(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingErr
     let end = loop {
         if turn.scratch.done.len() >= MAX_COMMANDS_PER_TURN
             || batch.buffers >= MAX_BUFFERS_PER_TURN
+            || batch.addresses >= MAX_ADDRESSES_PER_TURN
             || batch.pages >= MAX_PAGES_PER_TURN
         {
             break Ok(false);
@@ -101,10 +106,16 @@ fn serve_batch(source: &mut Source, turn: &mut Turn<'_>) -> Result<bool, RingErr
 /// Carries out the command in the scratch chain; returns how many bytes were written to it.
 fn carry_out(batch: &mut Batch, turn: &mut Turn<'_>) -> u32 {
     let mut fields = std::mem::take(&mut batch.fields);
-    let understood = read(&turn.scratch.chain, turn.balloon.memory(), &mut fields);
+    let size = pages_per_page(turn.features);
+    let understood = read(
+        &turn.scratch.chain,
+        turn.balloon.memory(),
+        size,
+        &mut fields,
+    );
     let command = fields.first().copied().filter(|_| understood);
     let addresses = fields.get(1..).unwrap_or_default();
-    let size = pages_per_page(turn.features);
+    batch.addresses += addresses.len() as u64;
     batch.pages += addresses.len() as u64 * size;
     let (right, written) = match command {
         Some(GIVE) => {
@@ -127,11 +138,16 @@ fn carry_out(batch: &mut Batch, turn: &mut Turn<'_>) -> u32 {
     written
 }
 
+/// The most addresses that a command may have, of pages of `size`.
+pub(super) fn max_addresses(size: u64) -> u64 {
+    (MAX_PAGES / size).clamp(2, MAX_ADDRESSES)
+}
+
 /// Reads a command: le64 fields, of which there are at least two, wherever descriptors divide them.
-fn read(chain: &Chain, memory: &GuestMemory, fields: &mut Vec<u64>) -> bool {
+fn read(chain: &Chain, memory: &GuestMemory, size: u64, fields: &mut Vec<u64>) -> bool {
     fields.clear();
     let length = chain.readable_bytes();
-    let lengths = 2 * FIELD_BYTES..=(1 + MAX_ADDRESSES) * FIELD_BYTES;
+    let lengths = 2 * FIELD_BYTES..=(1 + max_addresses(size)) * FIELD_BYTES;
     if chain.malformed || !lengths.contains(&length) || !length.is_multiple_of(FIELD_BYTES) {
         return false;
     }

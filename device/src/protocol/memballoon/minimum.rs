@@ -43,12 +43,15 @@ impl Minimum {
 
     /// The driver is to be told, be it for the second time.
     pub(super) fn announce(&self) {
+        let _target = self.target.lock();
         self.unsaid.store(true, Ordering::Release);
     }
 
     /// A new driver takes the minimum for zero.
     pub(super) fn reset(&self) {
-        let unsaid = *self.target.lock() != Target::default() || self.extra_grant_bytes() != 0;
+        // Under the lock: a target that is set meanwhile is announced behind it.
+        let target = self.target.lock();
+        let unsaid = *target != Target::default() || self.extra_grant_bytes() != 0;
         self.unsaid.store(unsaid, Ordering::Release);
     }
 

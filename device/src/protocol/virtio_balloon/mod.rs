@@ -79,8 +79,11 @@ impl Features {
 
 /// The most PFNs a chain may carry: 4 MiB of memory; stock drivers send 256 to 1024. More is taken
 /// as malformed, so that a single chain of scattered pages cannot keep a worker, and whoever waits for
-/// the device, busy for longer than about 10 ms (I3).
+/// the device, busy for longer than some milliseconds (I3).
 const MAX_CHAIN_PFNS: u64 = 1 << 10;
+/// The most buffers a report may have; stock drivers send up to 32. More is taken as malformed, as each may
+/// cost a call.
+const MAX_REPORT_BUFFERS: usize = 1 << 10;
 /// A PFN is an le32 (5.5.6.1).
 const PFN_BYTES: u64 = 4;
 /// How much is served before other devices get a turn.
@@ -270,7 +273,7 @@ fn read_list(chain: &Chain, memory: &GuestMemory, pages: &mut Vec<Pfn>) -> bool 
 /// Appends the reported ranges (5.5.6.7): they are the chain's writable buffers themselves.
 fn read_reports(turn: &mut Turn<'_>) -> (bool, u32) {
     let Scratch { chain, ranges, .. } = &mut *turn.scratch;
-    if chain.malformed {
+    if chain.malformed || chain.writable.len() > MAX_REPORT_BUFFERS {
         return (false, 0);
     }
     let directions = chain.readable.is_empty() && !chain.writable.is_empty();
