@@ -32,8 +32,8 @@ pub enum Sharer {
     /// Somebody who leaves them non-blocking, as the VMM does that links this library.
     #[default]
     Trusted,
-    /// A peer that may do anything to them, as a vhost-user front-end may. Pipes, on which nothing helps
-    /// against that, are refused.
+    /// A peer that may do anything to them, as a vhost-user front-end may. What such a peer can have whoever
+    /// writes to it wait on is refused: pipes, and sockets other than UNIX stream sockets.
     Untrusted,
 }
 
@@ -42,13 +42,14 @@ impl EventFd {
     /// what nobody reads must not stop a worker.
     pub(crate) fn new(what: &'static str, fd: OwnedFd, sharer: Sharer) -> Result<Self> {
         let by = match sharer {
-            _ if is_socket(&fd) => By::Send,
+            Sharer::Trusted if is_socket(&fd) => By::Send,
             Sharer::Trusted if is_eventfd(&fd) || is_pipe(&fd) => By::Write,
             Sharer::Untrusted if is_eventfd(&fd) => By::Kernel,
+            Sharer::Untrusted if is_unix_stream(&fd) => By::Send,
             _ => {
                 let expected = match sharer {
                     Sharer::Trusted => "an eventfd, the writing end of a pipe, or a socket",
-                    Sharer::Untrusted => "an eventfd or a socket",
+                    Sharer::Untrusted => "an eventfd or a UNIX stream socket",
                 };
                 return Err(Error::BadFd {
                     what,
@@ -143,6 +144,30 @@ fn is_socket(fd: &OwnedFd) -> bool {
     file_type(fd) == Some(libc::S_IFSOCK)
 }
 
+/// Those of other kinds have a lock that a send waits for, whatever its flags, and that their owner can hold on
+/// to (TCP's), or linger when they are closed.
+fn is_unix_stream(fd: &OwnedFd) -> bool {
+    let is = |option, value| socket_option(fd, option) == Some(value);
+    is(libc::SO_DOMAIN, libc::AF_UNIX) && is(libc::SO_TYPE, libc::SOCK_STREAM)
+}
+
+/// `None` for what is not a socket.
+fn socket_option(fd: &OwnedFd, option: libc::c_int) -> Option<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut bytes: libc::socklen_t = 4;
+    // SAFETY: the kernel writes at most four bytes to `value`, which has four; both live across the call.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut bytes,
+        )
+    };
+    (result == 0).then_some(value)
+}
+
 /// The type bits of the file's mode; zero for what is not a file.
 fn file_type(fd: &OwnedFd) -> Option<libc::mode_t> {
     let mut stat = std::mem::MaybeUninit::<libc::stat64>::zeroed();
@@ -200,6 +225,22 @@ mod tests {
     fn files_are_refused() {
         let file = std::fs::File::open("/dev/null").unwrap();
         assert!(EventFd::new("call", file.into(), Sharer::Trusted).is_err());
+    }
+
+    #[test]
+    fn sockets_are_taken_from_a_peer_only_if_nothing_waits_for_them() {
+        let others = || -> [OwnedFd; 3] {
+            [
+                std::net::TcpListener::bind("127.0.0.1:0").unwrap().into(),
+                std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into(),
+                std::os::unix::net::UnixDatagram::unbound().unwrap().into(),
+            ]
+        };
+        for (sharer, taken) in [(Sharer::Trusted, true), (Sharer::Untrusted, false)] {
+            for socket in others() {
+                assert_eq!(EventFd::new("call", socket, sharer).is_ok(), taken);
+            }
+        }
     }
 
     #[test]

@@ -430,17 +430,22 @@ fn fill(event: &OwnedFd) {
 }
 
 #[test]
-fn pipes_for_interrupts_are_refused() {
+fn pipes_and_network_sockets_for_interrupts_are_refused() {
     let mut scene = Scene::new();
-    let mut guest = Guest::new();
     let (_read, pipe) = std::io::pipe().unwrap();
-    guest.rings[0].call = pipe.into();
-    let mut frontend = scene.negotiated();
-    assert!(frontend.set_mem_table(&guest));
-    frontend.describe_ring(&guest, 0);
-    assert!(frontend.vring(request::SET_VRING_ENABLE, 0, 1));
-    assert!(!frontend.vring_fd(request::SET_VRING_KICK, 0, guest.rings[0].kick.as_fd()));
-    drop(frontend);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    for call in [OwnedFd::from(pipe), socket.into()] {
+        let mut guest = Guest::new();
+        guest.rings[0].call = call;
+        let mut frontend = scene.negotiated();
+        assert!(frontend.set_mem_table(&guest));
+        frontend.describe_ring(&guest, 0);
+        assert!(frontend.vring(request::SET_VRING_ENABLE, 0, 1));
+        assert!(!frontend.vring_fd(request::SET_VRING_KICK, 0, guest.rings[0].kick.as_fd()));
+        drop(frontend);
+        scene.check();
+    }
     scene.check_recovery();
 }
 
