@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 /// An eventfd, or what a VMM has in place of one, that this library signals.
 #[derive(Debug)]
-pub(crate) struct EventFd {
+pub struct EventFd {
     fd: OwnedFd,
     by: By,
 }
@@ -39,8 +39,11 @@ pub enum Sharer {
 
 impl EventFd {
     /// Takes over `fd`, which has to be an eventfd, a pipe or a socket, and makes it non-blocking:
-    /// what nobody reads must not stop a worker.
-    pub(crate) fn new(what: &'static str, fd: OwnedFd, sharer: Sharer) -> Result<Self> {
+    /// what nobody reads must not stop a worker. Errors call it `what`.
+    ///
+    /// # Errors
+    /// It is something else, or what `sharer` could have others wait on.
+    pub fn new(what: &'static str, fd: OwnedFd, sharer: Sharer) -> Result<Self> {
         let by = match sharer {
             Sharer::Trusted if is_socket(&fd) => By::Send,
             Sharer::Trusted if is_eventfd(&fd) || is_pipe(&fd) => By::Write,
@@ -78,7 +81,7 @@ impl EventFd {
     }
 
     /// Adds one to the counter. A full counter or pipe (EAGAIN) has been signalled already.
-    pub(crate) fn signal(&self) {
+    pub fn signal(&self) {
         let one = 1u64.to_ne_bytes();
         let (raw, bytes) = (self.fd.as_raw_fd(), one.as_ptr().cast());
         match self.by {
@@ -106,14 +109,6 @@ impl Sharer {
         if self == Self::Untrusted {
             shared::prepare();
         }
-    }
-}
-
-/// Signals what an untrusted peer shares, without ever waiting for it: for whoever serves such peers and has
-/// more to tell them than a device does. What is neither an eventfd nor a socket is left alone.
-pub fn signal_shared(fd: OwnedFd) {
-    if let Ok(event) = EventFd::new("an eventfd", fd, Sharer::Untrusted) {
-        event.signal();
     }
 }
 

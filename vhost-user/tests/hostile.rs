@@ -320,8 +320,10 @@ fn wrong_descriptors_for_rings_are_refused() {
     // Polling in place of kicks is not offered.
     assert!(!frontend.tell(request::SET_VRING_KICK, &0x100_u64.to_ne_bytes()));
     frontend.start(&guest);
-    assert!(!frontend.vring_fd(request::SET_VRING_CALL, 0, null.as_fd()));
-    scene.check();
+    for request in [request::SET_VRING_CALL, request::SET_VRING_ERR] {
+        assert!(!frontend.vring_fd(request, 0, null.as_fd()));
+        scene.check();
+    }
 }
 
 #[test]
