@@ -34,8 +34,8 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 use turnstile::Turnstile;
 
-/// How many broken queues of a device are worth a warning each: a guest that breaks them and resets
-/// its device for ever must not be able to fill a log (I3).
+/// How many broken queues of a balloon are worth a warning each: a guest that breaks them and resets
+/// its device for ever, or has its VMM make another, must not be able to fill a log (I3).
 const MAX_LOGGED_BREAKS: u64 = 20;
 
 /// The kicks that more may follow soon: those of queues.
@@ -453,7 +453,7 @@ impl Shared {
     }
 
     fn note_broken(&self, Broken { queue, error }: Broken) {
-        let level = match self.books.total().broken_rings {
+        let level = match self.history.count_break() {
             0..MAX_LOGGED_BREAKS => log::Level::Warn,
             _ => log::Level::Debug,
         };
