@@ -15,7 +15,7 @@ use crate::accounting::Accountant;
 use crate::balloon::{Balloon, bump};
 use crate::discard::WriteBehind;
 use crate::error::{Error, Result};
-use crate::event::{EventFd, Sharer};
+use crate::event::{EventFd, Sharer, check_eventfd};
 use crate::history::{History, HistoryEntry, HistoryEvent};
 use crate::memory::{Gpa, GuestMemory, NodeId};
 use crate::metrics::Counters;
@@ -259,10 +259,16 @@ impl Device {
     /// # Errors
     /// Needs features and a memory table; refuses rings outside memory, misaligned ones, descriptors
     /// of the wrong kind, and queues that are started already.
-    pub fn start_queue(&self, index: u16, queue: QueueConfig) -> Result<()> {
+    pub fn start_queue(&self, index: u16, mut queue: QueueConfig) -> Result<()> {
+        // What is refused is closed without the lock (`Queues::swap_call`).
+        let mut call = None;
+        if let Some(ring) = &mut queue.ring {
+            check_eventfd("kick", &ring.kick)?;
+            call = self.shared.call_event(ring.call.take())?;
+        }
         let mut service = self.shared.service.lock();
         self.shared
-            .start_queue(self.runtime.pool(), &mut service, index, queue)?;
+            .start_queue(&mut service, index, queue, &mut call)?;
         if service.state == DeviceState::Active {
             // All of them: another queue may have got its role, or got it back, by this one (dense and
             // fixed numbers), and its kicks came to nothing before.
@@ -279,7 +285,9 @@ impl Device {
     pub fn stop_queue(&self, index: u16) -> Result<QueuePosition> {
         let mut service = self.shared.service.lock();
         service.drain(&self.shared.books);
-        self.shared.stop_queue(&mut service, index)
+        let stopped = self.shared.stop_queue(&mut service, index);
+        drop(service);
+        stopped.map(|(position, _call)| position)
     }
 
     /// Replaces a started ring's call eventfd (vhost-user does so under way).
@@ -287,8 +295,10 @@ impl Device {
     /// # Errors
     /// The queue is not started, is no ring, or the descriptor is of the wrong kind.
     pub fn set_queue_call(&self, index: u16, call: Option<OwnedFd>) -> Result<()> {
-        let call = self.shared.call_event(call)?;
-        self.shared.service.lock().queues.set_call(index, call)
+        // Then the one that it had, which goes after the lock does.
+        let mut call = self.shared.call_event(call)?;
+        let mut service = self.shared.service.lock();
+        service.queues.swap_call(index, &mut call)
     }
 
     /// DRIVER_OK: begins to serve, and looks at every queue once, kicked or not (S2).
@@ -351,7 +361,7 @@ impl Device {
     /// Back to configuring: the queues are gone, the balloon is empty, memory and target stay. Waits
     /// until nothing is in flight; elements that were not served complete with `served == false`.
     pub fn reset(&self) {
-        self.shared.reset(&mut self.shared.service.lock());
+        let _calls = self.shared.reset(&mut self.shared.service.lock());
     }
 
     /// Where the device stands.
@@ -576,9 +586,11 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         let mut service = self.shared.service.lock();
-        self.shared.reset(&mut service);
+        let calls = self.shared.reset(&mut service);
         // A worker may still have hold of the shared part, but no longer of the guest's memory.
         service.balloon = None;
+        drop(service);
+        drop(calls);
     }
 }
 
@@ -592,6 +604,10 @@ pub(crate) fn refuse_others(features: u64, offered: u64) -> Result<()> {
         }),
     }
 }
+
+#[cfg(not(loom))]
+#[cfg(test)]
+mod closing_tests;
 
 /// What a service is shown as to those who must not wait for it.
 impl Shared {

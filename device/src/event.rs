@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 /// An eventfd, or what a VMM has in place of one, that this library signals.
 #[derive(Debug)]
-pub(crate) struct EventFd {
+pub struct EventFd {
     fd: OwnedFd,
     by: By,
 }
@@ -32,23 +32,27 @@ pub enum Sharer {
     /// Somebody who leaves them non-blocking, as the VMM does that links this library.
     #[default]
     Trusted,
-    /// A peer that may do anything to them, as a vhost-user front-end may. Pipes, on which nothing helps
-    /// against that, are refused.
+    /// A peer that may do anything to them, as a vhost-user front-end may. What such a peer can have whoever
+    /// writes to it wait on is refused: pipes, and sockets other than UNIX stream sockets.
     Untrusted,
 }
 
 impl EventFd {
     /// Takes over `fd`, which has to be an eventfd, a pipe or a socket, and makes it non-blocking:
-    /// what nobody reads must not stop a worker.
-    pub(crate) fn new(what: &'static str, fd: OwnedFd, sharer: Sharer) -> Result<Self> {
+    /// what nobody reads must not stop a worker. Errors call it `what`.
+    ///
+    /// # Errors
+    /// It is something else, or what `sharer` could have others wait on.
+    pub fn new(what: &'static str, fd: OwnedFd, sharer: Sharer) -> Result<Self> {
         let by = match sharer {
-            _ if is_socket(&fd) => By::Send,
+            Sharer::Trusted if is_socket(&fd) => By::Send,
             Sharer::Trusted if is_eventfd(&fd) || is_pipe(&fd) => By::Write,
             Sharer::Untrusted if is_eventfd(&fd) => By::Kernel,
+            Sharer::Untrusted if is_unix_stream(&fd) => By::Send,
             _ => {
                 let expected = match sharer {
                     Sharer::Trusted => "an eventfd, the writing end of a pipe, or a socket",
-                    Sharer::Untrusted => "an eventfd or a socket",
+                    Sharer::Untrusted => "an eventfd or a UNIX stream socket",
                 };
                 return Err(Error::BadFd {
                     what,
@@ -77,7 +81,7 @@ impl EventFd {
     }
 
     /// Adds one to the counter. A full counter or pipe (EAGAIN) has been signalled already.
-    pub(crate) fn signal(&self) {
+    pub fn signal(&self) {
         let one = 1u64.to_ne_bytes();
         let (raw, bytes) = (self.fd.as_raw_fd(), one.as_ptr().cast());
         match self.by {
@@ -108,14 +112,6 @@ impl Sharer {
     }
 }
 
-/// Signals what an untrusted peer shares, without ever waiting for it: for whoever serves such peers and has
-/// more to tell them than a device does. What is neither an eventfd nor a socket is left alone.
-pub fn signal_shared(fd: OwnedFd) {
-    if let Ok(event) = EventFd::new("an eventfd", fd, Sharer::Untrusted) {
-        event.signal();
-    }
-}
-
 /// Refuses what is not an eventfd.
 pub(crate) fn check_eventfd(what: &'static str, fd: &OwnedFd) -> Result<()> {
     let expected = "an eventfd";
@@ -141,6 +137,30 @@ fn is_pipe(fd: &OwnedFd) -> bool {
 
 fn is_socket(fd: &OwnedFd) -> bool {
     file_type(fd) == Some(libc::S_IFSOCK)
+}
+
+/// Those of other kinds have a lock that a send waits for, whatever its flags, and that their owner can hold on
+/// to (TCP's), or linger when they are closed.
+fn is_unix_stream(fd: &OwnedFd) -> bool {
+    let is = |option, value| socket_option(fd, option) == Some(value);
+    is(libc::SO_DOMAIN, libc::AF_UNIX) && is(libc::SO_TYPE, libc::SOCK_STREAM)
+}
+
+/// `None` for what is not a socket.
+fn socket_option(fd: &OwnedFd, option: libc::c_int) -> Option<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut bytes: libc::socklen_t = 4;
+    // SAFETY: the kernel writes at most four bytes to `value`, which has four; both live across the call.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut bytes,
+        )
+    };
+    (result == 0).then_some(value)
 }
 
 /// The type bits of the file's mode; zero for what is not a file.
@@ -200,6 +220,22 @@ mod tests {
     fn files_are_refused() {
         let file = std::fs::File::open("/dev/null").unwrap();
         assert!(EventFd::new("call", file.into(), Sharer::Trusted).is_err());
+    }
+
+    #[test]
+    fn sockets_are_taken_from_a_peer_only_if_nothing_waits_for_them() {
+        let others = || -> [OwnedFd; 3] {
+            [
+                std::net::TcpListener::bind("127.0.0.1:0").unwrap().into(),
+                std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into(),
+                std::os::unix::net::UnixDatagram::unbound().unwrap().into(),
+            ]
+        };
+        for (sharer, taken) in [(Sharer::Trusted, true), (Sharer::Untrusted, false)] {
+            for socket in others() {
+                assert_eq!(EventFd::new("call", socket, sharer).is_ok(), taken);
+            }
+        }
     }
 
     #[test]

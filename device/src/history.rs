@@ -10,7 +10,7 @@ use crate::service::Shared;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Entries kept: 48 KiB a device. At the pace at which values of `actual` are kept apart it covers at
 /// least 100 seconds of a guest that writes all the time.
@@ -63,6 +63,7 @@ pub struct HistoryEntry {
 #[derive(Debug, Default)]
 pub struct History {
     ring: Mutex<Ring>,
+    breaks: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -94,6 +95,11 @@ impl History {
             ring.entries.pop_front();
         }
         ring.entries.push_back(entry);
+    }
+
+    /// Counts that a queue broke; returns how many did before.
+    pub(crate) fn count_break(&self) -> u64 {
+        self.breaks.fetch_add(1, Ordering::Relaxed)
     }
 
     /// The entries behind number `since`, oldest first, at most `max` of them.

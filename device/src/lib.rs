@@ -43,7 +43,7 @@ pub use device::{
 };
 pub use discard::{DeflateOptions, WriteBehind};
 pub use error::{Error, Result};
-pub use event::{Sharer, signal_shared};
+pub use event::{EventFd, Sharer};
 pub use history::{History, HistoryEntry, HistoryEvent};
 pub use memory::{Gpa, GuestMemory, GuestNode, IoVec, NodeId, Region};
 pub use metrics::{Counters, Flow, GuestStats};

@@ -12,7 +12,7 @@ use crate::balloon::{Balloon, bump};
 use crate::device::{DeviceState, QueueConfig, QueuePosition};
 use crate::discard::{DeflateOptions, WriteBehind};
 use crate::error::{Error, Result};
-use crate::event::{EventFd, Sharer, check_eventfd};
+use crate::event::{EventFd, Sharer};
 use crate::history::{History, HistoryEvent};
 use crate::memory::GuestMemory;
 use crate::metrics::Books;
@@ -34,8 +34,8 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 use turnstile::Turnstile;
 
-/// How many broken queues of a device are worth a warning each: a guest that breaks them and resets
-/// its device for ever must not be able to fill a log (I3).
+/// How many broken queues of a balloon are worth a warning each: a guest that breaks them and resets
+/// its device for ever, or has its VMM make another, must not be able to fill a log (I3).
 const MAX_LOGGED_BREAKS: u64 = 20;
 
 /// The kicks that more may follow soon: those of queues.
@@ -304,12 +304,13 @@ impl Shared {
             .store(self.pool.station_of(most), Ordering::Relaxed);
     }
 
+    /// Starts a queue with kick and `call` descriptors that were looked at; takes `call` if it does start.
     pub(crate) fn start_queue(
         &self,
-        pool: &Arc<Pool>,
         service: &mut Service,
         index: u16,
         config: QueueConfig,
+        call: &mut Option<EventFd>,
     ) -> Result<()> {
         let started = service.queues.slot(index)?.is_some();
         if service.state == DeviceState::NeedsReset {
@@ -335,13 +336,14 @@ impl Shared {
                 let places = [ring.desc, ring.avail, ring.used];
                 let memory = balloon.memory();
                 let taken = Ring::new(memory, config.size, places, ring.position, ring_features)?;
-                check_eventfd("kick", &ring.kick)?;
-                let call = self.call_event(ring.call)?;
                 let home = self.home.load(Ordering::Relaxed);
                 let device: Weak<dyn Servable> = self.this.clone();
-                let kick = pool.register(home, ring.kick, device, index)?;
+                let kick = self.pool.register(home, ring.kick, device, index)?;
                 Queue {
-                    source: Source::Ring(RingQueue { ring: taken, call }),
+                    source: Source::Ring(RingQueue {
+                        ring: taken,
+                        call: call.take(),
+                    }),
                     _kick: Some(kick),
                 }
             }
@@ -355,7 +357,13 @@ impl Shared {
         call.map(event).transpose()
     }
 
-    pub(crate) fn stop_queue(&self, service: &mut Service, index: u16) -> Result<QueuePosition> {
+    /// Returns how far the queue was served, and its call descriptor, which is to be closed without the lock
+    /// ([`Queues::swap_call`]).
+    pub(crate) fn stop_queue(
+        &self,
+        service: &mut Service,
+        index: u16,
+    ) -> Result<(QueuePosition, Option<EventFd>)> {
         self.accept_elements(service);
         let features = service.features.unwrap_or(0);
         self.protocol.put_back(index, features, &mut service.queues);
@@ -364,15 +372,17 @@ impl Shared {
             index: u32::from(index),
         })?;
         queue.source.cancel();
-        Ok(position_of(&queue.source))
+        Ok((position_of(&queue.source), queue.source.take_call()))
     }
 
-    pub(crate) fn reset(&self, service: &mut Service) {
+    /// Returns the queues' call descriptors, which are to be closed without the lock ([`Queues::swap_call`]).
+    #[must_use]
+    pub(crate) fn reset(&self, service: &mut Service) -> Vec<EventFd> {
         let set_up = service.features != self.protocol.preselected() || self.actual_bytes() != 0;
-        for index in 0..service.queues.count() {
-            // Queues that are not started have nothing to stop.
-            let _ = self.stop_queue(service, index);
-        }
+        // Queues that are not started have nothing to stop.
+        let calls = (0..service.queues.count())
+            .filter_map(|index| self.stop_queue(service, index).ok()?.1)
+            .collect();
         service.queues.forget();
         self.protocol.reset(&self.books);
         service.features = self.protocol.preselected();
@@ -388,6 +398,7 @@ impl Shared {
         if set_up {
             self.record(HistoryEvent::Reset);
         }
+        calls
     }
 
     /// Notes work; true if the caller has to bring the device to a worker.
@@ -447,7 +458,7 @@ impl Shared {
     }
 
     fn note_broken(&self, Broken { queue, error }: Broken) {
-        let level = match self.books.total().broken_rings {
+        let level = match self.history.count_break() {
             0..MAX_LOGGED_BREAKS => log::Level::Warn,
             _ => log::Level::Debug,
         };

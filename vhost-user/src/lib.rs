@@ -14,6 +14,7 @@ mod features;
 mod listener;
 mod mapping;
 mod message;
+mod quota;
 mod ring;
 mod session;
 mod sigbus;
@@ -223,7 +224,8 @@ fn serve_vm(listener: &Listener, vm: &Vm, shutdown: &Wake) {
             Ok(Some(stream)) => serve_session(vm, stream, shutdown),
             Err(error) => {
                 // Out of descriptors or memory: that passes, and must not become a busy loop.
-                log::error!("{}: accepting a front-end: {error}", vm.name);
+                let level = vm.front_end_log.level(log::Level::Error);
+                log::log!(level, "{}: accepting a front-end: {error}", vm.name);
                 thread::sleep(Duration::from_millis(100));
             }
         }
@@ -232,7 +234,12 @@ fn serve_vm(listener: &Listener, vm: &Vm, shutdown: &Wake) {
 
 /// One session from its beginning to its end. Even a defect of ours ends no more than the session.
 fn serve_session(vm: &Vm, stream: UnixStream, shutdown: &Wake) {
-    log::info!("{}: a front-end connected", vm.name);
+    let level = |level| vm.front_end_log.level(level);
+    log::log!(
+        level(log::Level::Info),
+        "{}: a front-end connected",
+        vm.name
+    );
     let result = catch_unwind(AssertUnwindSafe(|| {
         session::serve(vm, stream, shutdown.as_fd())
     }));
@@ -240,9 +247,18 @@ fn serve_session(vm: &Vm, stream: UnixStream, shutdown: &Wake) {
         Ok(
             Ok(()) | Err(SessionError::Channel(ChannelError::Closed | ChannelError::ShuttingDown)),
         ) => {
-            log::info!("{}: the front-end is gone", vm.name);
+            log::log!(
+                level(log::Level::Info),
+                "{}: the front-end is gone",
+                vm.name
+            );
         }
-        Ok(Err(error)) => log::warn!("{}: session ended: {}", vm.name, chain(&error)),
+        Ok(Err(error)) => log::log!(
+            level(log::Level::Warn),
+            "{}: session ended: {}",
+            vm.name,
+            chain(&error)
+        ),
         Err(_) => log::error!("{}: session ended by a defect of this program", vm.name),
     }
 }

@@ -172,6 +172,18 @@ impl Slot {
         ) == (region.gpa, region.user_addr, region.len_bytes)
     }
 
+    /// What the device cannot do with the region, if its operator should hear of that.
+    pub(crate) fn flaw(&self) -> Option<String> {
+        let flaw = match &self.usable {
+            None => "is smaller than a page: not used",
+            Some(part) if part.pinned => {
+                "does not start on a huge page: its memory cannot be given back"
+            }
+            Some(_) => return None,
+        };
+        Some(format!("region at {:#x} {flaw}", self.region.gpa))
+    }
+
     /// Whether the front-end took the memory away under our hands.
     pub(crate) fn is_lost(&self) -> bool {
         let watched = self.mapping.watched.as_ref();
@@ -231,19 +243,9 @@ fn usable_part(region: MemRegion, hva: u64, page: u64) -> Result<Option<Region>,
             });
         }
     };
-    if pinned {
-        log::warn!(
-            "region at {:#x} does not start on a huge page: its memory cannot be given back",
-            region.gpa
-        );
-    }
     let start = region.gpa.next_multiple_of(page);
     let end = (region.gpa + region.len_bytes) & !(page - 1);
     if start >= end {
-        log::warn!(
-            "region at {:#x} is smaller than a page: not used",
-            region.gpa
-        );
         return Ok(None);
     }
     let skipped = start - region.gpa;
@@ -365,7 +367,7 @@ mod tests {
         assert_eq!(usable.fd_offset_bytes, 0x1000);
         assert_eq!(usable.hva % 0x1000, 0);
         let tiny = Slot::map(region(0x800, 0x700, 0x800), memfd(0x4000), None).unwrap();
-        assert!(tiny.usable.is_none());
+        assert!(tiny.usable.is_none() && tiny.flaw().is_some());
     }
 
     #[test]

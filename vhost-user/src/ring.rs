@@ -7,7 +7,7 @@
 use crate::mapping::{Slot, translate};
 use crate::message::VringAddr;
 use aerostat_device::memory::Gpa;
-use aerostat_device::{GuestMemory, QueueConfig, QueuePosition, RingConfig, signal_shared};
+use aerostat_device::{EventFd, GuestMemory, QueueConfig, QueuePosition, RingConfig, Sharer};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -35,6 +35,8 @@ pub(crate) enum RingError {
     NoSize,
     #[error("descriptors cannot be handled")]
     Fd(#[from] io::Error),
+    #[error(transparent)]
+    Device(#[from] aerostat_device::Error),
 }
 
 /// What is known of a ring.
@@ -50,7 +52,7 @@ pub(crate) struct Ring {
     base_given: bool,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
-    err: Option<OwnedFd>,
+    err: Option<EventFd>,
     pub(crate) enabled: bool,
     pub(crate) started: bool,
 }
@@ -133,10 +135,8 @@ impl Ring {
 
     pub(crate) fn set_err(&mut self, err: Option<OwnedFd>) -> Result<(), RingError> {
         self.err = None;
-        if let Some(err) = &err {
-            never_block(err)?;
-        }
-        self.err = err;
+        let event = |fd| EventFd::new("err", fd, Sharer::Untrusted);
+        self.err = err.map(event).transpose()?;
         Ok(())
     }
 
@@ -147,8 +147,8 @@ impl Ring {
 
     /// Tells the front-end that the ring broke.
     pub(crate) fn signal_error(&self) {
-        if let Some(err) = self.err.as_ref().and_then(|err| err.try_clone().ok()) {
-            signal_shared(err);
+        if let Some(err) = &self.err {
+            err.signal();
         }
     }
 

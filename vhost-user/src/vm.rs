@@ -6,6 +6,7 @@
 
 use crate::books::Books;
 use crate::mapping::MemoryTable;
+use crate::quota::LogQuota;
 use crate::wake::Wake;
 use aerostat_device::memory::{BALLOON_PAGE_BYTES, NodeId, PfnRange};
 use aerostat_device::{
@@ -91,6 +92,10 @@ pub(crate) struct Offer {
 pub(crate) struct Vm {
     /// What logs call it.
     pub(crate) name: String,
+    /// For what its front-ends do. Here, and not in a session, as a front-end may connect as often as it likes.
+    pub(crate) front_end_log: LogQuota,
+    /// For its drivers' comings and goings, and the rings that they break.
+    pub(crate) driver_log: LogQuota,
     runtime: Arc<Runtime>,
     offer: Offer,
     /// Where what its guest gives and takes is recorded.
@@ -145,6 +150,8 @@ impl Vm {
         let past = Books::new(runtime.nodes());
         Arc::new(Self {
             name,
+            front_end_log: LogQuota::new(),
+            driver_log: LogQuota::new(),
             runtime,
             offer,
             record,
@@ -204,7 +211,13 @@ impl Vm {
         if let Some(path) = &self.record {
             let begun = File::create(path).and_then(|file| device.record(Some(file)));
             if let Err(error) = begun {
-                log::warn!("{}: recording to {}: {error}", self.name, path.display());
+                let level = self.front_end_log.level(log::Level::Warn);
+                log::log!(
+                    level,
+                    "{}: recording to {}: {error}",
+                    self.name,
+                    path.display()
+                );
             }
         }
     }
@@ -213,7 +226,8 @@ impl Vm {
     pub(crate) fn detach(&self, attached: &Attached) {
         attached.device.reset();
         if let Err(error) = attached.device.record(None) {
-            log::warn!("{}: the recording is incomplete: {error}", self.name);
+            let level = self.front_end_log.level(log::Level::Warn);
+            log::log!(level, "{}: the recording is incomplete: {error}", self.name);
         }
         let mut state = self.state.lock();
         state.past = state.past.clone().plus(&attached.device);

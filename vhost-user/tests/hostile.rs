@@ -11,7 +11,7 @@ mod common;
 
 use common::frontend::{
     F_PROTOCOL_FEATURES, FEATURES, FIRST_FREE_PFN, Frontend, Guest, MEMORY_BYTES, RING_SIZE,
-    USER_BASE, config, mem_table, request, vring_addr,
+    USER_BASE, becomes_readable, config, mem_table, request, vring_addr,
 };
 use common::{Backend, Control};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -320,8 +320,10 @@ fn wrong_descriptors_for_rings_are_refused() {
     // Polling in place of kicks is not offered.
     assert!(!frontend.tell(request::SET_VRING_KICK, &0x100_u64.to_ne_bytes()));
     frontend.start(&guest);
-    assert!(!frontend.vring_fd(request::SET_VRING_CALL, 0, null.as_fd()));
-    scene.check();
+    for request in [request::SET_VRING_CALL, request::SET_VRING_ERR] {
+        assert!(!frontend.vring_fd(request, 0, null.as_fd()));
+        scene.check();
+    }
 }
 
 #[test]
@@ -430,18 +432,61 @@ fn fill(event: &OwnedFd) {
 }
 
 #[test]
-fn pipes_for_interrupts_are_refused() {
+fn pipes_and_network_sockets_for_interrupts_are_refused() {
     let mut scene = Scene::new();
-    let mut guest = Guest::new();
     let (_read, pipe) = std::io::pipe().unwrap();
-    guest.rings[0].call = pipe.into();
-    let mut frontend = scene.negotiated();
-    assert!(frontend.set_mem_table(&guest));
-    frontend.describe_ring(&guest, 0);
-    assert!(frontend.vring(request::SET_VRING_ENABLE, 0, 1));
-    assert!(!frontend.vring_fd(request::SET_VRING_KICK, 0, guest.rings[0].kick.as_fd()));
-    drop(frontend);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    for call in [OwnedFd::from(pipe), socket.into()] {
+        let mut guest = Guest::new();
+        guest.rings[0].call = call;
+        let mut frontend = scene.negotiated();
+        assert!(frontend.set_mem_table(&guest));
+        frontend.describe_ring(&guest, 0);
+        assert!(frontend.vring(request::SET_VRING_ENABLE, 0, 1));
+        assert!(!frontend.vring_fd(request::SET_VRING_KICK, 0, guest.rings[0].kick.as_fd()));
+        drop(frontend);
+        scene.check();
+    }
     scene.check_recovery();
+}
+
+/// Whatever is told of once is done over and over, in sessions that each begin anew.
+#[test]
+fn a_peer_that_comes_again_and_again_does_not_fill_the_log() {
+    const ROUNDS: u64 = 150;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("log");
+    let log = File::create(&path).unwrap();
+    let backend = Backend::start_logging(directory.path(), log);
+    let tiny = [MEMORY_BYTES + 0x800, 0x700, USER_BASE + MEMORY_BYTES, 0x800];
+    let table = mem_table(&[[0, MEMORY_BYTES, USER_BASE, 0], tiny]);
+    for _ in 0..ROUNDS {
+        let guest = Guest::new();
+        let mut frontend = Frontend::run(&backend.socket(0), &guest);
+        let memory = guest.memory.as_fd();
+        assert!(frontend.tell_with(request::SET_MEM_TABLE, &table, &[memory, memory]));
+        assert!(!frontend.tell(request::SET_STATUS, &u64::MAX.to_ne_bytes()));
+        drop(frontend.backend_channel());
+        guest.write(guest.rings[1].base + 0x1002, &0x4000_u16.to_le_bytes());
+        guest.kick(1);
+        assert!(becomes_readable(&guest.rings[1].err));
+    }
+    backend.terminate();
+    let log = std::fs::read_to_string(path).unwrap();
+    // Of the front-end, of the driver, of queues that broke, and of the process itself.
+    assert!(log.lines().count() < 100 + 100 + 20 + 10, "{log}");
+    for told in [
+        "connected",
+        "gone",
+        "smaller than a page",
+        "refused",
+        "channel",
+        "active",
+        "broke a ring",
+    ] {
+        assert!(log.contains(told), "{told}: {log}");
+    }
 }
 
 #[test]

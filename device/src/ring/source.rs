@@ -137,6 +137,14 @@ impl Source {
         }
     }
 
+    /// Who was told of completions, and is not any more.
+    pub(crate) fn take_call(&mut self) -> Option<EventFd> {
+        match self {
+            Self::Ring(queue) => queue.call.take(),
+            Self::Elements(_) => None,
+        }
+    }
+
     /// How many elements wait to be served.
     pub(crate) fn waiting_elements(&self) -> usize {
         match self {

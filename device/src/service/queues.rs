@@ -135,11 +135,14 @@ impl Queues {
         }
     }
 
-    /// Tells another eventfd of completions from now on.
-    pub(crate) fn set_call(&mut self, index: u16, call: Option<EventFd>) -> Result<()> {
+    /// Tells another eventfd of completions from now on, and leaves the old one in its place.
+    ///
+    /// Descriptors that a peer gave are closed when nothing is locked: what hangs on them may take as long as
+    /// the peer likes, such as a connection that lingers and lies unread in a UNIX socket.
+    pub(crate) fn swap_call(&mut self, index: u16, call: &mut Option<EventFd>) -> Result<()> {
         match self.source(index) {
             Some(Source::Ring(queue)) => {
-                queue.call = call;
+                std::mem::swap(&mut queue.call, call);
                 // The old descriptor may have swallowed a signal that the new one's owner needs.
                 if let Some(call) = &queue.call {
                     call.signal();

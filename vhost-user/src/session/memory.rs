@@ -4,7 +4,8 @@
 
 use super::{Refusal, Session};
 use crate::mapping::{MemoryTable, Slot};
-use crate::message::{Message, Request};
+use crate::message::{MemRegion, Message, Request};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// The most regions that ADD_MEM_REG may add up to. Each holds a descriptor.
@@ -19,14 +20,13 @@ impl Session<'_> {
         mut message: Message,
     ) -> Result<(), Refusal> {
         let mut slots = self.slots.clone();
-        let node = self.vm.only_node();
         match request {
             Request::AddMemReg => {
                 let region = message.mem_region()?;
                 if slots.len() >= MAX_MEM_SLOTS {
                     return Err(Refusal::TooManyRegions(MAX_MEM_SLOTS));
                 }
-                slots.push(Slot::map(region, message.single_fd()?, node)?);
+                slots.push(self.map(region, message.single_fd()?)?);
             }
             Request::RemMemReg => {
                 let region = message.mem_region()?;
@@ -44,7 +44,7 @@ impl Session<'_> {
                 slots = regions
                     .into_iter()
                     .zip(message.fds.drain(..))
-                    .map(|(region, fd)| Slot::map(region, fd, node))
+                    .map(|(region, fd)| self.map(region, fd))
                     .collect::<Result<_, _>>()?;
             }
         }
@@ -67,5 +67,14 @@ impl Session<'_> {
                 Err(error.into())
             }
         }
+    }
+
+    fn map(&self, region: MemRegion, file: OwnedFd) -> Result<Slot, Refusal> {
+        let slot = Slot::map(region, file, self.vm.only_node())?;
+        if let Some(flaw) = slot.flaw() {
+            let level = self.vm.front_end_log.level(log::Level::Warn);
+            log::log!(level, "{}: {flaw}", self.vm.name);
+        }
+        Ok(slot)
     }
 }

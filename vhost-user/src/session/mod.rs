@@ -37,12 +37,6 @@ use std::sync::Arc;
 const STATUS_DRIVER_OK: u8 = 4;
 const STATUS_NEEDS_RESET: u8 = 64;
 
-/// How many refused requests of a session are worth a warning each.
-const MAX_LOGGED_REFUSALS: u32 = 20;
-
-/// How many of a driver's comings and goings, and of the rings that it broke, are told of in a session.
-const MAX_LOGGED_DRIVER_EVENTS: u32 = 100;
-
 /// What a request is answered with.
 enum Answer {
     Done,
@@ -65,9 +59,6 @@ struct Session<'a> {
     /// The configuration changed and the front-end has not been told.
     config_changed: bool,
     broken: bool,
-    refusals: u32,
-    /// What the guest's driver did that was told of.
-    driver_events: u32,
 }
 
 /// Serves `socket` until the front-end goes, breaks the protocol, or `shutdown` is readable.
@@ -136,8 +127,6 @@ impl<'a> Session<'a> {
                 .collect(),
             config_changed: false,
             broken: false,
-            refusals: 0,
-            driver_events: 0,
         }
     }
 
@@ -214,15 +203,9 @@ impl<'a> Session<'a> {
         Ok(channel.reply(header.code, &payload, shutdown)?)
     }
 
-    fn refused(&mut self, code: u32, refusal: &Refusal) {
-        self.refusals = self.refusals.saturating_add(1);
-        // A front-end must not be able to fill the log.
-        let level = match self.refusals {
-            0..=MAX_LOGGED_REFUSALS => log::Level::Warn,
-            _ => log::Level::Debug,
-        };
+    fn refused(&self, code: u32, refusal: &Refusal) {
         log::log!(
-            level,
+            self.vm.front_end_log.level(log::Level::Warn),
             "{}: request {code} refused: {}",
             self.vm.name,
             crate::chain(refusal)
@@ -316,7 +299,7 @@ impl<'a> Session<'a> {
             .features
             .is_some_and(|bits| bits & F_PROTOCOL_FEATURES == 0);
         if cannot_disable && self.rings.iter().any(|ring| ring.started) {
-            let level = self.driver_event(log::Level::Info);
+            let level = self.vm.driver_log.level(log::Level::Info);
             log::log!(level, "{}: the driver was removed", self.vm.name);
             self.reset();
         }
@@ -407,7 +390,7 @@ impl<'a> Session<'a> {
         let state = self.device().state();
         if state == DeviceState::NeedsReset && !self.broken {
             self.broken = true;
-            let level = self.driver_event(log::Level::Error);
+            let level = self.vm.driver_log.level(log::Level::Error);
             log::log!(
                 level,
                 "{}: the guest broke a ring; it is not served until it resets the device",
@@ -425,15 +408,6 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// The level at which to tell of something that the guest can repeat as often as it likes.
-    fn driver_event(&mut self, level: log::Level) -> log::Level {
-        self.driver_events = self.driver_events.saturating_add(1);
-        match self.driver_events {
-            0..=MAX_LOGGED_DRIVER_EVENTS => level,
-            _ => log::Level::Debug,
-        }
-    }
-
     fn look_at_backend_channel(&mut self) {
         let result = self.backend.as_mut().map(|backend| {
             backend.discard_input()?;
@@ -444,7 +418,12 @@ impl<'a> Session<'a> {
 
     fn end_backend_channel_on(&mut self, result: Option<io::Result<()>>) {
         if let Some(Err(error)) = result {
-            log::info!("{}: the back-end channel is closed: {error}", self.vm.name);
+            let level = self.vm.front_end_log.level(log::Level::Info);
+            log::log!(
+                level,
+                "{}: the back-end channel is closed: {error}",
+                self.vm.name
+            );
             self.backend = None;
         }
     }

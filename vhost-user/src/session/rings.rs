@@ -173,7 +173,7 @@ impl Session<'_> {
         let mut others = self.rings.iter();
         let goes_on = others.any(|ring| ring.started || ring.is_resumed());
         if new && !goes_on && self.device().state() != DeviceState::Configuring {
-            let level = self.driver_event(log::Level::Info);
+            let level = self.vm.driver_log.level(log::Level::Info);
             log::log!(
                 level,
                 "{}: a new driver; the balloon is empty",
@@ -189,7 +189,7 @@ impl Session<'_> {
             return Ok(());
         }
         self.device().activate()?;
-        let level = self.driver_event(log::Level::Info);
+        let level = self.vm.driver_log.level(log::Level::Info);
         log::log!(
             level,
             "{}: active, {} MiB, features {:#x}",
@@ -218,7 +218,8 @@ impl Session<'_> {
                 Ok(position) => ring.stopped(position, packed),
                 // A broken ring has no position; the front-end gets the one it gave.
                 Err(error) => {
-                    log::warn!("{}: stopping ring {queue}: {error}", self.vm.name);
+                    let level = self.vm.front_end_log.level(log::Level::Warn);
+                    log::log!(level, "{}: stopping ring {queue}: {error}", self.vm.name);
                     ring.started = false;
                 }
             }

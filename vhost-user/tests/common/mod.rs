@@ -9,6 +9,7 @@
 pub mod frontend;
 
 use serde_json::{Value, json};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -45,12 +46,25 @@ impl Backend {
 
     /// The same with more arguments.
     pub fn start_with(directory: &Path, count: usize, arguments: &[&str]) -> Self {
+        Self::start_and(directory, count, |command| {
+            command.args(arguments);
+        })
+    }
+
+    /// The same for one virtual machine, with a file for the log that an operator sees.
+    pub fn start_logging(directory: &Path, log: File) -> Self {
+        Self::start_and(directory, 1, |command| {
+            command.env("AEROSTAT_LOG", "info").stderr(log);
+        })
+    }
+
+    fn start_and(directory: &Path, count: usize, change: impl FnOnce(&mut Command)) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_aerostat-vhost-user"));
         command
             .args(["--workers", "1"])
-            .args(arguments)
             .env("AEROSTAT_LOG", "error")
             .stdin(Stdio::null());
+        change(&mut command);
         for vm in 0..count {
             command
                 .arg("--socket-path")
