@@ -18,7 +18,10 @@ use std::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{GuestStats, Observation, StatsAge, Vm, VmError, monitor::Monitor, wire::BalloonEvent};
+use super::{
+    GuestStats, Observation, StatsAge, Vm, VmError, ballooned_bytes, monitor::Monitor,
+    wire::BalloonEvent,
+};
 use crate::policy::{Capabilities, GuestMemory};
 
 /// How often QEMU asks the guest for statistics.
@@ -155,7 +158,7 @@ impl Vm for Qemu {
     fn observe(&mut self) -> Result<Observation, VmError> {
         #[derive(Deserialize)]
         struct Left {
-            actual: u64,
+            actual: i64,
         }
         #[derive(Deserialize)]
         struct Status {
@@ -165,7 +168,7 @@ impl Vm for Qemu {
         let status: Status = self.monitor.execute("query-status", None)?;
         // Before its driver is up the guest has no balloon; that is not an error.
         let (ballooned_bytes, active) = match self.monitor.execute::<Left>("query-balloon", None) {
-            Ok(left) => (memory_bytes.saturating_sub(left.actual), true),
+            Ok(left) => (ballooned_bytes(memory_bytes, left.actual), true),
             Err(VmError::Refused { .. }) => (0, false),
             Err(error) => return Err(error),
         };

@@ -137,6 +137,37 @@ fn a_guest_whose_driver_is_not_up_has_an_empty_balloon_and_does_not_run() {
     ));
 }
 
+/// 4 Gi - 1 pages, the most that the configuration space of a traditional balloon holds.
+const CLAIMED: u64 = 0xffff_ffff << 12;
+
+#[test]
+fn a_guest_that_claims_a_balloon_larger_than_its_memory_is_observed_in_qemu() {
+    let peer = monitor(|command, _| match command {
+        "qom-list" => Ok(json!([{"name": "b", "type": "child<virtio-balloon-pci>"}])),
+        "query-memory-size-summary" => Ok(json!({"base-memory": 1024 * MIB})),
+        "query-status" => Ok(json!({"running": true})),
+        "query-balloon" => Ok(json!({"actual": (1024 * MIB).wrapping_sub(CLAIMED).cast_signed()})),
+        _ => Err("not found"),
+    });
+    let seen = connect(&peer, Protocol::Qmp).unwrap().observe().unwrap();
+    assert!(seen.running);
+    assert_eq!(seen.ballooned_bytes, CLAIMED);
+}
+
+#[test]
+fn a_guest_that_claims_a_balloon_larger_than_its_memory_is_observed_in_cloud_hypervisor() {
+    let peer = http(|_, _| {
+        let info = json!({
+            "config": {"memory": {"size": 1024 * MIB}, "balloon": {}},
+            "state": "Running",
+            "memory_actual_size": (1024 * MIB).wrapping_sub(CLAIMED),
+        });
+        (200, info.to_string())
+    });
+    let mut vm = connect(&peer, Protocol::CloudHypervisor).unwrap();
+    assert_eq!(vm.observe().unwrap().ballooned_bytes, CLAIMED);
+}
+
 #[test]
 fn cloud_hypervisor_is_observed_and_resized() {
     let peer = http(|request, _| match request {
