@@ -31,8 +31,13 @@ const STATS_INTERVAL_SECONDS: u64 = 2;
 const DEVICE_FOLDERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
 /// Types of balloon devices, as far as they are common: virtio-balloon-pci, virtio-balloon-ccw,
-/// virtio-balloon-device, and the device that links this library.
-const BALLOON_TYPES: [&str; 2] = ["child<virtio-balloon", "child<aerostat-balloon"];
+/// virtio-balloon-device, and the devices that link this library.
+const BALLOON_TYPES: [&str; 4] = [
+    "child<virtio-balloon",
+    "child<aerostat-balloon",
+    "child<aerostat-memballoon",
+    "child<aerostat-vmware-balloon",
+];
 
 /// A virtual machine of QEMU.
 #[derive(Debug)]
