@@ -150,7 +150,7 @@ impl Lab {
                 })),
                 "aerostat-guest-stats" => Ok(json!({
                     "stats": {
-                        "stat-total-memory": MEMORY - guest.balloon,
+                        "stat-total-memory": MEMORY.saturating_sub(guest.balloon),
                         "stat-available-memory": guest.available.saturating_sub(guest.balloon),
                     },
                     "last-update": 1,
@@ -340,6 +340,26 @@ fn a_vm_that_lies_in_its_stats_is_named_and_not_relied_upon() {
         MEMORY - lab.guests["liar"].lock().unwrap().target >= GIB,
         "floor"
     );
+}
+
+#[test]
+fn a_guest_that_claims_a_balloon_larger_than_its_memory_is_named_and_stays_in_sight() {
+    let mut lab = Lab::new();
+    lab.guest("liar", Follows::Never);
+    lab.set("liar", |guest| guest.balloon = 0xffff_ffff << 12);
+    let mut engine = lab.engine(policy::Aerostat::new(policy::PolicyConfig::default()));
+
+    until(&mut engine, "the claim is seen", |e| {
+        vm_status(e, "liar").condition == Condition::Running
+    });
+
+    let liar = vm_status(&engine, "liar");
+    assert!(
+        liar.trouble
+            .unwrap()
+            .contains("a balloon larger than its memory")
+    );
+    assert_eq!(liar.ballooned_bytes, MEMORY);
 }
 
 #[test]

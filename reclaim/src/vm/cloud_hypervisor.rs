@@ -11,7 +11,7 @@ use std::{path::Path, time::Duration};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{Observation, Vm, VmError, http::HttpSocket};
+use super::{Observation, Vm, VmError, ballooned_bytes, http::HttpSocket};
 use crate::policy::{Capabilities, GuestMemory};
 
 /// A virtual machine of Cloud Hypervisor.
@@ -101,7 +101,8 @@ impl Vm for CloudHypervisor {
         Ok(Observation {
             memory_bytes,
             target_bytes: Some(balloon.size),
-            ballooned_bytes: memory_bytes.saturating_sub(info.memory_actual_size),
+            // A difference that wraps around below zero.
+            ballooned_bytes: ballooned_bytes(memory_bytes, info.memory_actual_size.cast_signed()),
             running: info.state == "Running",
             guest: GuestMemory::default(),
             capabilities: Capabilities {

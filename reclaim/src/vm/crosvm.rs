@@ -16,7 +16,10 @@ use rustix::net::SocketType;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Observation, StatsAge, Vm, VmError, socket::Socket};
+use super::{
+    Observation, StatsAge, Vm, VmError,
+    socket::{Deadline, Socket},
+};
 use crate::policy::{Capabilities, GuestMemory};
 
 /// The most accepted as one message; what is beyond is cut off by the kernel, and then is no JSON.
@@ -83,12 +86,12 @@ impl Crosvm {
     }
 
     fn request(&self, request: &Value, command: &str) -> Result<Value, VmError> {
-        let deadline = Instant::now() + self.timeout;
+        let mut deadline = Deadline::after(self.timeout);
         let mut socket = Socket::connect(&self.path, SocketType::SEQPACKET)?;
         socket.send(request.to_string().as_bytes(), self.timeout)?;
         let mut packet = Vec::new();
         while packet.is_empty() {
-            if !socket.fill(&mut packet, MESSAGE_LIMIT_BYTES, deadline)? {
+            if !socket.fill(&mut packet, MESSAGE_LIMIT_BYTES, &mut deadline)? {
                 return Err(VmError::Timeout {
                     path: self.path.clone(),
                     command: command.to_owned(),

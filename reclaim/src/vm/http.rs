@@ -5,14 +5,17 @@
 
 use std::{
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rustix::net::SocketType;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{VmError, socket::Socket};
+use super::{
+    VmError,
+    socket::{Deadline, Socket},
+};
 
 /// The most accepted of the head of an answer.
 const HEAD_LIMIT_BYTES: usize = 16 << 10;
@@ -65,7 +68,7 @@ impl HttpSocket {
         body: Option<&Value>,
     ) -> Result<Vec<u8>, VmError> {
         let command = format!("{method} {resource}");
-        let deadline = Instant::now() + self.timeout;
+        let mut deadline = Deadline::after(self.timeout);
         let body = body.map(Value::to_string).unwrap_or_default();
         let mut request =
             format!("{command} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n");
@@ -79,7 +82,7 @@ impl HttpSocket {
         request.push_str(&body);
         let mut socket = Socket::connect(&self.path, SocketType::STREAM)?;
         socket.send(request.as_bytes(), self.timeout)?;
-        let (status, body) = self.answer(&mut socket, &command, deadline)?;
+        let (status, body) = self.answer(&mut socket, &command, &mut deadline)?;
         if (200..300).contains(&status) {
             return Ok(body);
         }
@@ -95,7 +98,7 @@ impl HttpSocket {
         &self,
         socket: &mut Socket,
         command: &str,
-        deadline: Instant,
+        deadline: &mut Deadline,
     ) -> Result<(u16, Vec<u8>), VmError> {
         let mut received = Vec::new();
         let (head_bytes, status, length) = loop {
@@ -122,7 +125,7 @@ impl HttpSocket {
         socket: &mut Socket,
         received: &mut Vec<u8>,
         command: &str,
-        deadline: Instant,
+        deadline: &mut Deadline,
     ) -> Result<(), VmError> {
         if socket.fill(received, 16 << 10, deadline)? {
             return Ok(());

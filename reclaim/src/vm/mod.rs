@@ -92,6 +92,12 @@ pub trait Vm: Send + fmt::Debug {
     }
 }
 
+/// What the balloon holds, where the VMM tells what is left. That is less than nothing if the guest
+/// says of its balloon that it is larger than the memory; what it says is passed on, to be named.
+fn ballooned_bytes(memory_bytes: u64, left_bytes: i64) -> u64 {
+    memory_bytes.saturating_add_signed(left_bytes.saturating_neg())
+}
+
 /// The kinds of control interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -7,17 +7,17 @@
 //! further commands are refused then. Events that arrive while an answer is awaited are kept, up to
 //! a bound, for [`Monitor::next_event`].
 
-use std::{
-    collections::VecDeque,
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{collections::VecDeque, path::Path, time::Duration};
 
 use rustix::net::SocketType;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use super::{VmError, socket::Socket, wire::BalloonEvent};
+use super::{
+    VmError,
+    socket::{Deadline, Socket},
+    wire::BalloonEvent,
+};
 
 /// Longest line accepted from the peer: far above a status with a thousand nodes, and a bound on
 /// what a faulty peer can make this process hold.
@@ -90,7 +90,7 @@ impl Monitor {
             events: VecDeque::new(),
             broken: false,
         };
-        match monitor.receive(Instant::now() + timeout)? {
+        match monitor.receive(&mut Deadline::after(timeout))? {
             Some(Message::Greeting { .. }) => {}
             Some(_) => return Err(monitor.malformed("no greeting".to_owned())),
             None => return Err(monitor.timed_out("the connection", timeout)),
@@ -114,12 +114,12 @@ impl Monitor {
     /// The next event, kept or new; `None` if none came in time.
     pub(super) fn next_event(&mut self, wait: Duration) -> Result<Option<BalloonEvent>, VmError> {
         self.check_usable()?;
-        let deadline = Instant::now() + wait;
+        let mut deadline = Deadline::after(wait);
         loop {
             if let Some(event) = self.events.pop_front() {
                 return Ok(Some(event));
             }
-            match self.receive(deadline)? {
+            match self.receive(&mut deadline)? {
                 None => return Ok(None),
                 Some(Message::Event {
                     event,
@@ -152,10 +152,10 @@ impl Monitor {
         if let (Some(arguments), Some(members)) = (arguments, request.as_object_mut()) {
             members.insert("arguments".to_owned(), arguments);
         }
-        let deadline = Instant::now() + patience;
+        let mut deadline = Deadline::after(patience);
         self.send(&request)?;
         for _ in 0..BABBLE_LIMIT {
-            match self.receive(deadline)? {
+            match self.receive(&mut deadline)? {
                 None => return Err(self.timed_out(command, patience)),
                 Some(Message::Event {
                     event,
@@ -211,7 +211,7 @@ impl Monitor {
     }
 
     /// Reads the next message; `None` when the deadline has passed.
-    fn receive(&mut self, deadline: Instant) -> Result<Option<Message>, VmError> {
+    fn receive(&mut self, deadline: &mut Deadline) -> Result<Option<Message>, VmError> {
         let mut searched = 0;
         loop {
             let end = self

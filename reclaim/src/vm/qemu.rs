@@ -18,7 +18,10 @@ use std::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{GuestStats, Observation, StatsAge, Vm, VmError, monitor::Monitor, wire::BalloonEvent};
+use super::{
+    GuestStats, Observation, StatsAge, Vm, VmError, ballooned_bytes, monitor::Monitor,
+    wire::BalloonEvent,
+};
 use crate::policy::{Capabilities, GuestMemory};
 
 /// How often QEMU asks the guest for statistics.
@@ -28,8 +31,13 @@ const STATS_INTERVAL_SECONDS: u64 = 2;
 const DEVICE_FOLDERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
 /// Types of balloon devices, as far as they are common: virtio-balloon-pci, virtio-balloon-ccw,
-/// virtio-balloon-device, and the device that links this library.
-const BALLOON_TYPES: [&str; 2] = ["child<virtio-balloon", "child<aerostat-balloon"];
+/// virtio-balloon-device, and the devices that link this library.
+const BALLOON_TYPES: [&str; 4] = [
+    "child<virtio-balloon",
+    "child<aerostat-balloon",
+    "child<aerostat-memballoon",
+    "child<aerostat-vmware-balloon",
+];
 
 /// A virtual machine of QEMU.
 #[derive(Debug)]
@@ -155,7 +163,7 @@ impl Vm for Qemu {
     fn observe(&mut self) -> Result<Observation, VmError> {
         #[derive(Deserialize)]
         struct Left {
-            actual: u64,
+            actual: i64,
         }
         #[derive(Deserialize)]
         struct Status {
@@ -165,7 +173,7 @@ impl Vm for Qemu {
         let status: Status = self.monitor.execute("query-status", None)?;
         // Before its driver is up the guest has no balloon; that is not an error.
         let (ballooned_bytes, active) = match self.monitor.execute::<Left>("query-balloon", None) {
-            Ok(left) => (memory_bytes.saturating_sub(left.actual), true),
+            Ok(left) => (ballooned_bytes(memory_bytes, left.actual), true),
             Err(VmError::Refused { .. }) => (0, false),
             Err(error) => return Err(error),
         };

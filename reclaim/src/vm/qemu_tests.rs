@@ -10,6 +10,8 @@ use super::super::{
     test_peer::{MISDEEDS, Peer, http, misbehaving, monitor, packets},
 };
 
+use crate::policy::{Capabilities, GuestMemory};
+
 const MIB: u64 = 1 << 20;
 const LONG: Duration = Duration::from_secs(20);
 const SHORT: Duration = Duration::from_millis(60);
@@ -135,6 +137,59 @@ fn a_guest_whose_driver_is_not_up_has_an_empty_balloon_and_does_not_run() {
         vm.set_target_bytes(5),
         Err(VmError::Refused { .. })
     ));
+}
+
+#[test]
+fn balloons_without_statistics_are_found_in_qemu() {
+    for kind in [
+        "child<aerostat-memballoon-pci>",
+        "child<aerostat-vmware-balloon>",
+    ] {
+        let peer = monitor(move |command, arguments| match command {
+            "qom-list" if arguments["path"] == "/machine/peripheral" => Ok(json!([])),
+            "qom-list" => Ok(json!([{"name": "device[0]", "type": kind}])),
+            "query-memory-size-summary" => Ok(json!({"base-memory": 1024 * MIB})),
+            "query-status" => Ok(json!({"running": true})),
+            "query-balloon" => Ok(json!({"actual": 1000 * MIB})),
+            _ => Err("Property not found"),
+        });
+        let seen = connect(&peer, Protocol::Qmp).unwrap().observe().unwrap();
+        assert!(seen.running, "{kind}");
+        assert_eq!(seen.ballooned_bytes, 24 * MIB, "{kind}");
+        assert_eq!(seen.guest, GuestMemory::default(), "{kind}");
+        assert_eq!(seen.capabilities, Capabilities::default(), "{kind}");
+    }
+}
+
+/// 4 Gi - 1 pages, the most that the configuration space of a traditional balloon holds.
+const CLAIMED: u64 = 0xffff_ffff << 12;
+
+#[test]
+fn a_guest_that_claims_a_balloon_larger_than_its_memory_is_observed_in_qemu() {
+    let peer = monitor(|command, _| match command {
+        "qom-list" => Ok(json!([{"name": "b", "type": "child<virtio-balloon-pci>"}])),
+        "query-memory-size-summary" => Ok(json!({"base-memory": 1024 * MIB})),
+        "query-status" => Ok(json!({"running": true})),
+        "query-balloon" => Ok(json!({"actual": (1024 * MIB).wrapping_sub(CLAIMED).cast_signed()})),
+        _ => Err("not found"),
+    });
+    let seen = connect(&peer, Protocol::Qmp).unwrap().observe().unwrap();
+    assert!(seen.running);
+    assert_eq!(seen.ballooned_bytes, CLAIMED);
+}
+
+#[test]
+fn a_guest_that_claims_a_balloon_larger_than_its_memory_is_observed_in_cloud_hypervisor() {
+    let peer = http(|_, _| {
+        let info = json!({
+            "config": {"memory": {"size": 1024 * MIB}, "balloon": {}},
+            "state": "Running",
+            "memory_actual_size": (1024 * MIB).wrapping_sub(CLAIMED),
+        });
+        (200, info.to_string())
+    });
+    let mut vm = connect(&peer, Protocol::CloudHypervisor).unwrap();
+    assert_eq!(vm.observe().unwrap().ballooned_bytes, CLAIMED);
 }
 
 #[test]

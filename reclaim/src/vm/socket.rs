@@ -17,6 +17,33 @@ use rustix::{
 
 use super::VmError;
 
+/// When an exchange has to be over, however much the peer has still to say.
+#[derive(Debug)]
+pub(super) struct Deadline {
+    at: Instant,
+    over: bool,
+}
+
+impl Deadline {
+    pub(super) fn after(wait: Duration) -> Self {
+        Self {
+            at: Instant::now() + wait,
+            over: false,
+        }
+    }
+
+    /// How long the next read may take. The last one is for what arrived in time, while this process
+    /// had no processor; none is after it.
+    fn left(&mut self) -> Option<Duration> {
+        let left = self.at.saturating_duration_since(Instant::now());
+        if left.is_zero() && std::mem::replace(&mut self.over, true) {
+            return None;
+        }
+        // Zero would mean "for ever".
+        Some(left.max(Duration::from_millis(1)))
+    }
+}
+
 /// A connected socket.
 #[derive(Debug)]
 pub(super) struct Socket {
@@ -68,38 +95,37 @@ impl Socket {
             .map_err(|source| self.io_error("write", source))
     }
 
-    /// Adds what arrives to `received`; false when the deadline has passed. What has arrived already
-    /// is read even then.
+    /// Adds what arrives to `received`; false when the deadline has passed, and nothing was read.
     pub(super) fn fill(
         &mut self,
         received: &mut Vec<u8>,
         chunk_bytes: usize,
-        deadline: Instant,
+        deadline: &mut Deadline,
     ) -> Result<bool, VmError> {
-        let left = deadline.saturating_duration_since(Instant::now());
+        let Some(left) = deadline.left() else {
+            return Ok(false);
+        };
         let start = received.len();
         received.resize(start + chunk_bytes, 0);
-        let read = self
-            .stream
-            .set_read_timeout(Some(left.max(Duration::from_millis(1))))
-            .and_then(|()| {
-                let (_, room) = received.split_at_mut(start);
-                self.stream.read(room)
-            });
+        let read = self.stream.set_read_timeout(Some(left)).and_then(|()| {
+            let (_, room) = received.split_at_mut(start);
+            self.stream.read(room)
+        });
         received.truncate(start + read.as_ref().map_or(0, |count| *count));
         match read {
             Ok(0) => Err(VmError::Closed {
                 path: self.path.clone(),
             }),
             Ok(_) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
             Err(error)
                 if matches!(
                     error.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                    io::ErrorKind::Interrupted
+                        | io::ErrorKind::WouldBlock
+                        | io::ErrorKind::TimedOut
                 ) =>
             {
-                Ok(Instant::now() < deadline)
+                Ok(true)
             }
             Err(source) => Err(self.io_error("read", source)),
         }

@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     thread,
+    time::{Duration, Instant},
 };
 
 use rustix::net::{
@@ -157,15 +158,18 @@ pub(crate) enum Misdeed {
     Close,
     /// Sends for ever without coming to an end.
     Endless,
+    /// Sends empty lines: there is always something to read, and never a message.
+    Blank,
 }
 
-pub(crate) const MISDEEDS: [Misdeed; 6] = [
+pub(crate) const MISDEEDS: [Misdeed; 7] = [
     Misdeed::Hang,
     Misdeed::Deaf,
     Misdeed::Garbage,
     Misdeed::HalfALine,
     Misdeed::Close,
     Misdeed::Endless,
+    Misdeed::Blank,
 ];
 
 /// A peer that misbehaves from the first moment on.
@@ -194,6 +198,14 @@ pub(crate) fn misbehaving(kind: SocketType, misdeed: Misdeed) -> Peer {
             Misdeed::HalfALine => stream.write_all(half.as_bytes()),
             Misdeed::Endless => {
                 while stream.write_all(&[b'1'; 4096]).is_ok() {}
+                Ok(())
+            }
+            Misdeed::Blank => {
+                // Longer than the test allows, and no longer.
+                let start = Instant::now();
+                while start.elapsed() < Duration::from_secs(25)
+                    && stream.write_all(&[b'\n'; 4096]).is_ok()
+                {}
                 Ok(())
             }
             Misdeed::Hang | Misdeed::Close | Misdeed::Deaf => Ok(()),

@@ -120,11 +120,6 @@ static int aerostat_balloon_precopy(NotifierWithReturn *notifier, void *data,
     return 0;
 }
 
-static int aerostat_balloon_pre_save(void *opaque)
-{
-    return aerostat_core_save(&((AerostatBalloon *)opaque)->core);
-}
-
 /* After the features and queues have been loaded. */
 int aerostat_balloon_post_load(VirtIODevice *vdev)
 {
@@ -135,11 +130,9 @@ const VMStateDescription vmstate_aerostat_balloon_device = {
     .name = "aerostat-balloon-device",
     .version_id = 1,
     .minimum_version_id = 1,
-    .pre_save = aerostat_balloon_pre_save,
     .fields = (const VMStateField[]) {
-        VMSTATE_UINT32(core.saved_bytes, AerostatBalloon),
-        VMSTATE_VBUFFER_ALLOC_UINT32(core.saved, AerostatBalloon, 1, NULL,
-                                     core.saved_bytes),
+        VMSTATE_STRUCT(core, AerostatBalloon, 1, vmstate_aerostat_core,
+                       AerostatCore),
         VMSTATE_END_OF_LIST()
     },
 };

@@ -64,12 +64,13 @@ static void aerostat_balloon_to_target(void *opaque, ram_addr_t left)
     }
 }
 
+/* A virtio-balloon's is what the guest writes, and may be more than it has. */
 static uint64_t actual_bytes(AerostatCore *core)
 {
     struct aerostat_balloon balloon = AEROSTAT_BALLOON_INIT;
 
     aerostat_device_query(core->device, &balloon);
-    return balloon.actual_bytes;
+    return MIN(balloon.actual_bytes, aerostat_core_ram_bytes());
 }
 
 static void aerostat_balloon_status(void *opaque, BalloonInfo *info)
@@ -302,12 +303,14 @@ static uint32_t last_node(void)
 
 /*
  * What is in the balloon of each node of the guest, in bytes: "N,N,...", from
- * node 0 on. Known of every driver.
+ * node 0 on. Known of every driver. Or their targets: the same, or nothing where
+ * there is one for the whole balloon.
  */
-static void get_node_ballooned(Object *obj, Visitor *v, const char *name,
-                               void *opaque, Error **errp)
+static void get_nodes(Object *obj, Visitor *v, const char *name, void *opaque,
+                      Error **errp)
 {
     AerostatCore *core = opaque;
+    bool targets = g_str_equal(name, "node-targets");
     g_autoptr(GString) text = g_string_new("");
     uint32_t node;
 
@@ -315,29 +318,12 @@ static void get_node_ballooned(Object *obj, Visitor *v, const char *name,
         struct aerostat_node_balloon balloon = AEROSTAT_NODE_BALLOON_INIT;
 
         aerostat_device_query_node(core->device, node, &balloon);
-        g_string_append_printf(text, "%s%" PRIu64, node ? "," : "",
-                               balloon.ballooned_bytes);
-    }
-    visit_type_str(v, name, &text->str, errp);
-}
-
-/* Its targets: the same, or nothing where there is one for the whole balloon. */
-static void get_node_targets(Object *obj, Visitor *v, const char *name,
-                             void *opaque, Error **errp)
-{
-    AerostatCore *core = opaque;
-    g_autoptr(GString) text = g_string_new("");
-    uint32_t node;
-
-    for (node = 0; core->device && node <= last_node(); node++) {
-        struct aerostat_node_balloon balloon = AEROSTAT_NODE_BALLOON_INIT;
-
-        aerostat_device_query_node(core->device, node, &balloon);
-        if (balloon.target_bytes == AEROSTAT_NO_TARGET) {
+        if (targets && balloon.target_bytes == AEROSTAT_NO_TARGET) {
             break;
         }
         g_string_append_printf(text, "%s%" PRIu64, node ? "," : "",
-                               balloon.target_bytes);
+                               targets ? balloon.target_bytes
+                                       : balloon.ballooned_bytes);
     }
     visit_type_str(v, name, &text->str, errp);
 }
@@ -387,9 +373,9 @@ void aerostat_core_add_properties(AerostatCore *core)
 
     object_property_add(obj, "counters", "books", get_counters, NULL, NULL,
                         core);
-    object_property_add(obj, "node-ballooned", "string", get_node_ballooned,
-                        NULL, NULL, core);
-    object_property_add(obj, "node-targets", "string", get_node_targets,
+    object_property_add(obj, "node-ballooned", "string", get_nodes, NULL, NULL,
+                        core);
+    object_property_add(obj, "node-targets", "string", get_nodes,
                         set_node_targets, NULL, core);
     object_property_add(obj, "reset-balloon", "bool", NULL, set_reset_balloon,
                         NULL, core);

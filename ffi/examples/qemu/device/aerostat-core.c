@@ -11,6 +11,7 @@
 #include "qemu/error-report.h"
 #include "qemu/lockable.h"
 #include "migration/misc.h"
+#include "migration/vmstate.h"
 #include "system/runstate.h"
 #include "aerostat-core.h"
 #include "trace/trace-hw_virtio.h"
@@ -150,12 +151,22 @@ void aerostat_core_detach(AerostatCore *core)
     aerostat_core_memory_cleanup(core);
 }
 
-/* Nothing is in flight afterwards; the state is in core->saved. */
-int aerostat_core_save(AerostatCore *core)
+static int aerostat_core_forget_saved(void *opaque)
 {
-    size_t bytes = 0;
+    AerostatCore *core = opaque;
 
     g_clear_pointer(&core->saved, g_free);
+    core->saved_bytes = 0;
+    return 0;
+}
+
+/* Nothing is in flight afterwards; the state is in core->saved. */
+static int aerostat_core_save(void *opaque)
+{
+    AerostatCore *core = opaque;
+    size_t bytes = 0;
+
+    aerostat_core_forget_saved(core);
     if (aerostat_device_save(core->device, NULL, 0, &bytes) < 0 ||
         bytes > UINT32_MAX) {
         aerostat_core_complain(core, "the balloon cannot be saved");
@@ -183,6 +194,19 @@ int aerostat_core_restore(AerostatCore *core)
         return ret;
     }
     trace_aerostat_balloon_restore(core->saved_bytes);
-    g_clear_pointer(&core->saved, g_free);
-    return 0;
+    return aerostat_core_forget_saved(core);
 }
+
+const VMStateDescription vmstate_aerostat_core = {
+    .name = "aerostat-core",
+    .version_id = 1,
+    .minimum_version_id = 1,
+    /* What was saved last is still there when a snapshot is loaded. */
+    .pre_load = aerostat_core_forget_saved,
+    .pre_save = aerostat_core_save,
+    .fields = (const VMStateField[]) {
+        VMSTATE_UINT32(saved_bytes, AerostatCore),
+        VMSTATE_VBUFFER_ALLOC_UINT32(saved, AerostatCore, 1, NULL, saved_bytes),
+        VMSTATE_END_OF_LIST()
+    },
+};

@@ -53,6 +53,7 @@ typedef struct AerostatCore {
     DEFINE_PROP_UINT32("workers", _type, _core.workers, 0)
 
 /* aerostat-core.c */
+extern const VMStateDescription vmstate_aerostat_core;
 void aerostat_core_instance_init(AerostatCore *core, Object *owner);
 void aerostat_core_instance_finalize(AerostatCore *core);
 bool aerostat_core_new(AerostatCore *core,
@@ -62,7 +63,6 @@ void aerostat_core_complain(AerostatCore *core, const char *what);
 void aerostat_core_attach(AerostatCore *core);
 void aerostat_core_detach(AerostatCore *core);
 void aerostat_core_update_inhibit(AerostatCore *core);
-int aerostat_core_save(AerostatCore *core);
 int aerostat_core_restore(AerostatCore *core);
 
 /* aerostat-balloon-memory.c */

@@ -157,11 +157,6 @@ static void aerostat_vmware_instance_finalize(Object *obj)
     aerostat_core_instance_finalize(&AEROSTAT_VMWARE_BALLOON(obj)->core);
 }
 
-static int aerostat_vmware_pre_save(void *opaque)
-{
-    return aerostat_core_save(&((AerostatVmwareBalloon *)opaque)->core);
-}
-
 static int aerostat_vmware_post_load(void *opaque, int version)
 {
     return aerostat_core_restore(&((AerostatVmwareBalloon *)opaque)->core);
@@ -171,12 +166,10 @@ static const VMStateDescription vmstate_aerostat_vmware = {
     .name = TYPE_AEROSTAT_VMWARE_BALLOON,
     .version_id = 1,
     .minimum_version_id = 1,
-    .pre_save = aerostat_vmware_pre_save,
     .post_load = aerostat_vmware_post_load,
     .fields = (const VMStateField[]) {
-        VMSTATE_UINT32(core.saved_bytes, AerostatVmwareBalloon),
-        VMSTATE_VBUFFER_ALLOC_UINT32(core.saved, AerostatVmwareBalloon, 1, NULL,
-                                     core.saved_bytes),
+        VMSTATE_STRUCT(core, AerostatVmwareBalloon, 1, vmstate_aerostat_core,
+                       AerostatCore),
         VMSTATE_END_OF_LIST()
     },
 };

@@ -43,33 +43,21 @@ impl XenDomain {
         format!("{}/{name}", self.home)
     }
 
-    /// The value of a key that holds KiB.
+    /// The value of a key that holds KiB. The guest writes some of them: what is no size is as good
+    /// as no key.
     fn kib(&mut self, name: &str) -> Result<Option<u64>, VmError> {
         let key = self.key(name);
-        let Some(text) = self.store.read(&key)? else {
-            return Ok(None);
-        };
-        match text
-            .trim()
-            .parse::<u64>()
-            .ok()
-            .and_then(|kib| kib.checked_mul(KIB))
-        {
-            Some(bytes) => Ok(Some(bytes)),
-            None => Err(self.store.malformed(format!(
-                "{key} is {:?}",
-                text.chars().take(40).collect::<String>()
-            ))),
-        }
+        let text = self.store.read(&key)?;
+        Ok(text
+            .and_then(|text| text.trim().parse::<u64>().ok())
+            .and_then(|kib| kib.checked_mul(KIB)))
     }
 
     fn memory_bytes(&mut self) -> Result<u64, VmError> {
-        match self.kib("memory/static-max")? {
-            Some(bytes) => Ok(bytes),
-            None => Err(self
-                .store
-                .refused(&self.key("memory/static-max"), "there is no such domain")),
-        }
+        let name = "memory/static-max";
+        let why = "there is no such domain, or this is no number of KiB";
+        self.kib(name)?
+            .ok_or_else(|| self.store.refused(&self.key(name), why))
     }
 
     /// Whether the guest speaks the new interface (X4).

@@ -5,14 +5,14 @@
 //!
 //! Source: `xen/include/public/io/xs_wire.h`, `docs/misc/xenstore.txt`.
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{path::Path, time::Duration};
 
 use rustix::net::SocketType;
 
-use super::super::{VmError, socket::Socket};
+use super::super::{
+    VmError,
+    socket::{Deadline, Socket},
+};
 
 /// The most that a message may carry.
 const PAYLOAD_LIMIT_BYTES: usize = 4096;
@@ -107,9 +107,9 @@ impl Store {
         }
         message.extend(payload);
         self.socket.send(&message, self.timeout)?;
-        let deadline = Instant::now() + self.timeout;
+        let mut deadline = Deadline::after(self.timeout);
         loop {
-            let (answered, request, body) = self.message(key, deadline)?;
+            let (answered, request, body) = self.message(key, &mut deadline)?;
             match answered {
                 // Nobody here watches anything; a stray event is not an answer.
                 kind::WATCH_EVENT => {}
@@ -137,7 +137,11 @@ impl Store {
         }
     }
 
-    fn message(&mut self, key: &str, deadline: Instant) -> Result<(u32, u32, Vec<u8>), VmError> {
+    fn message(
+        &mut self,
+        key: &str,
+        deadline: &mut Deadline,
+    ) -> Result<(u32, u32, Vec<u8>), VmError> {
         self.fill_to(HEADER_BYTES, key, deadline)?;
         let word = |index: usize| {
             let bytes = self.received.iter().skip(index * 4).take(4).copied();
@@ -159,7 +163,7 @@ impl Store {
         Ok((kind, request, body))
     }
 
-    fn fill_to(&mut self, bytes: usize, key: &str, deadline: Instant) -> Result<(), VmError> {
+    fn fill_to(&mut self, bytes: usize, key: &str, deadline: &mut Deadline) -> Result<(), VmError> {
         while self.received.len() < bytes {
             if !self
                 .socket
@@ -184,7 +188,7 @@ impl Store {
         }
     }
 
-    pub(super) fn malformed(&self, detail: String) -> VmError {
+    fn malformed(&self, detail: String) -> VmError {
         VmError::Malformed {
             path: self.path().to_owned(),
             detail,

@@ -181,14 +181,32 @@ fn x9_a_guest_without_the_feature_is_told_what_is_left_to_it() {
 }
 
 #[test]
-fn a_domain_that_is_not_there_and_keys_that_are_no_numbers_are_errors() {
-    let (_dir, path, _keys) = store(&[("memory/target", "much")]);
+fn a_domain_that_is_not_there_or_has_no_size_is_an_error() {
+    let (_dir, path, keys) = store(&[]);
     let error = XenDomain::connect(&path, LONG, 8).unwrap_err().to_string();
     assert!(
         error.contains("/local/domain/8/memory/static-max") && error.contains("no such domain"),
         "{error}"
     );
+    keys.lock()
+        .unwrap()
+        .insert("memory/static-max".into(), "much".into());
+    let error = XenDomain::connect(&path, LONG, 7).unwrap_err().to_string();
+    assert!(error.contains("no number"), "{error}");
+}
+
+#[test]
+fn a_guest_that_writes_nonsense_is_taken_at_its_target() {
+    let (_dir, path, keys) = store(&[
+        ("control/feature-balloon-vnode", "1"),
+        ("memory/vnode0/target-balloon-size", "1048576"),
+        ("memory/vnodeX/balloon-size", "1"),
+    ]);
     let mut vm = XenDomain::connect(&path, LONG, 7).unwrap();
-    let error = vm.observe().unwrap_err().to_string();
-    assert!(error.contains("memory/target is \"much\""), "{error}");
+    for nonsense in ["", "much", "-1", "18446744073709551615"] {
+        keys.lock()
+            .unwrap()
+            .insert("memory/vnode0/balloon-size".into(), nonsense.into());
+        assert_eq!(vm.observe().unwrap().ballooned_bytes, GIB, "{nonsense:?}");
+    }
 }
