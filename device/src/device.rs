@@ -210,6 +210,7 @@ impl Device {
         }
         service.queues.forget();
         service.features = Some(features);
+        service.open_window(&**protocol, &self.shared.books);
         self.shared.show(&service);
         Ok(())
     }

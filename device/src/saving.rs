@@ -99,6 +99,7 @@ impl Device {
         // From here on nothing can fail.
         balloon.restore(ownership, &shared.books);
         service.features = saved.negotiated;
+        service.open_window(&**protocol, &shared.books);
         let position = |queue: &Option<SavedQueue>| match queue {
             Some(SavedQueue::Ring { position }) => Some(*position),
             _ => None,

@@ -24,8 +24,13 @@ const MIB: u64 = 1 << 20;
 const MEMORY_MIB: u64 = 512;
 const TARGET_MIB: u64 = 256;
 const WORKING_SET_MIB: u64 = 32;
-/// What a guest whose large pages are all taken can still give at least.
+/// How much more a guest is asked for whose large pages are all taken.
 const SMALL_MIB: u64 = 4;
+const TAKE_LARGE_PAGES: &str = "echo 1000 >/proc/sys/vm/nr_hugepages";
+/// Two files of 16 MiB whose pages lie side by side, one of this and one of that.
+const INTERLEAVED: &str = "awk 'BEGIN { for (i = 0; i < 4096; i++) {
+    printf \"%4096s\", \"\" >\"/mem/even\"; fflush(\"/mem/even\")
+    printf \"%4096s\", \"\" >\"/mem/odd\"; fflush(\"/mem/odd\") } }'";
 
 /// The most that anything may take: emulation is slow, and the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -158,20 +163,22 @@ fn a_guest_without_large_pages_gives_small_ones_and_exchanges_them_later() {
     };
     let set = machine.make_working_set("data", WORKING_SET_MIB).unwrap();
     inflate(&mut machine, 64);
-    // All large pages go to another use; what there was stays in the balloon, page by page, and what comes is
-    // small. The kernel may free a large page between the two, which the balloon then gets: once more.
+    // Small pages that lie between others, to be had once all large ones went to another use.
+    machine.run_within(INTERLEAVED, PATIENCE).unwrap();
+    machine.run_within(TAKE_LARGE_PAGES, PATIENCE).unwrap();
+    machine.run("rm /mem/even").unwrap();
+    // What there was stays in the balloon, page by page, and what comes is small. The kernel may free a large
+    // page meanwhile, which comes then: once more.
     let mut size = 64;
     let (given, small) = loop {
-        machine
-            .run_within("echo 1000 >/proc/sys/vm/nr_hugepages", PATIENCE)
-            .unwrap();
         size += SMALL_MIB;
         let given = inflate(&mut machine, size);
         let small = attribute(&mut machine, "small_bytes");
         if small > 0 {
             break (given, small);
         }
-        assert!(size < 64 + 4 * SMALL_MIB, "large pages only: {given}");
+        assert!(size < 64 + 3 * SMALL_MIB, "large pages only: {given}");
+        machine.run_within(TAKE_LARGE_PAGES, PATIENCE).unwrap();
     };
     assert!(small <= SMALL_MIB * MIB, "{small}: {given}");
     assert_eq!(attribute(&mut machine, "page_bytes"), 4096);
@@ -182,7 +189,7 @@ fn a_guest_without_large_pages_gives_small_ones_and_exchanges_them_later() {
     // The kernel may move single pages: each is exchanged for the one that it goes to. Which pages are in
     // its way depends on where the small ones were found, so it may move none.
     machine
-        .run_within("echo 0 >/proc/sys/vm/nr_hugepages", PATIENCE)
+        .run_within("rm /mem/odd; echo 0 >/proc/sys/vm/nr_hugepages", PATIENCE)
         .unwrap();
     machine
         .run_within("echo 1 >/proc/sys/vm/compact_memory", PATIENCE)

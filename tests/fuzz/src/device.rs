@@ -440,6 +440,7 @@ impl<'a> Run<'a> {
         let pinned = self.terms.pinned || self.regions & PINNED_REGION != 0;
         self.terms.inhibited = self.inhibits > 0;
         self.terms.window = self.write_behind.limit_bytes > 0 && negotiated(0) && !pinned;
+        self.terms.told = negotiated(0);
         self.terms.answers = negotiated(50);
     }
 

@@ -20,6 +20,8 @@ pub struct Terms {
     pub inhibited: bool,
     /// Inflated pages may wait to be discarded.
     pub window: bool,
+    /// The driver takes pages out of the balloon before it uses them again.
+    pub told: bool,
     /// The device answers inflate buffers in guest memory.
     pub answers: bool,
     /// A device was restored that needs a reset.
@@ -81,7 +83,12 @@ impl Oracle {
             balloon.len() as u64 * PAGE as u64,
             "recount"
         );
-        let held = incomplete_frames(&balloon) * PAGE as u64;
+        let told = device.features() & 1 != 0;
+        let held = if told {
+            incomplete_frames(&balloon) * PAGE as u64
+        } else {
+            0
+        };
         assert_eq!(
             counters.balloon.held_bytes, held,
             "held in incomplete frames"
@@ -97,7 +104,9 @@ impl Oracle {
             !late || balloon.is_empty(),
             "a balloon that the host has reset"
         );
-        let before = self.owe(&balloon, guest, terms);
+        let told = told || terms.told;
+        let before = self.owe(&balloon, guest, Terms { told, ..terms });
+        let deflated = counters.deflate_chains != self.counters.deflate_chains;
         let inflated = counters
             .inflate_chains
             .wrapping_sub(self.counters.inflate_chains);
@@ -140,6 +149,10 @@ impl Oracle {
             assert!(
                 !matches!(kind, Kind::Rom | Kind::Pinned),
                 "page {pfn:#x}: {kind:?}"
+            );
+            assert!(
+                told || deflated || report || !kind.has_frames() || !self.balloon.contains(&pfn),
+                "page {pfn:#x} may be in use again, and was discarded with its frame"
             );
             let kept = self.balloon.contains(&pfn) || balloon.contains(&pfn);
             let given = (inflated > 0 || before) && kept
@@ -195,7 +208,7 @@ impl Oracle {
                 Some(kind) if kind.has_frames() => {
                     let frame = pfn / FRAME_PAGES * FRAME_PAGES;
                     let frame = frame..frame + FRAME_PAGES;
-                    if frame.clone().all(|page| balloon.contains(&page)) {
+                    if terms.told && frame.clone().all(|page| balloon.contains(&page)) {
                         self.owed.extend(frame);
                     }
                 }

@@ -4,6 +4,8 @@ use aerostat_fuzz::device::play;
 use aerostat_fuzz::script::{Address, Few, Layout, Length, Pages, Script, Segment, Step};
 
 const STATS_AND_REPORTING: u16 = 0b101;
+/// The place of MUST_TELL_HOST in [`Script::features`].
+const MUST_TELL_HOST: u16 = 1 << 6;
 
 fn offer(queue: u8, address: Address, writable: bool) -> Step {
     let length = Length::Pages(1);
@@ -107,7 +109,11 @@ fn frames_fill_up_and_open_again() {
                 Step::Kick(queue),
             ]);
         }
-        let counters = play(&script(steps), layout);
+        let script = Script {
+            features: STATS_AND_REPORTING | MUST_TELL_HOST,
+            ..script(steps)
+        };
+        let counters = play(&script, layout);
         assert!(
             counters.balloon.reopened_bytes > 0,
             "{layout:?}: {counters:?}"
