@@ -7,7 +7,7 @@ PREFIX ?= /usr/local
 SOAK_SECONDS ?= 1800
 ROUNDS ?= 5
 
-.PHONY: all setup build check test suites fuzz loom sanitize soak demo bench bench-vmm experiment qemu install deb abi header clean help
+.PHONY: all setup build check test suites fuzz loom sanitize miri soak demo bench bench-vmm experiment qemu install deb abi header clean help
 
 all: build
 
@@ -20,6 +20,7 @@ help:
 	@echo 'make fuzz    fuzz every target for FUZZ_SECONDS (60), TARGETS="split abi" some of them'
 	@echo 'make loom    models of the protocols between threads, in every order of threads'
 	@echo 'make sanitize  suites of the test VMM under ThreadSanitizer (SANITIZER=address, SANITIZE="vmm_chaos": one)'
+	@echo 'make miri    unit tests of what works on memory by address under miri'
 	@echo 'make bench   benchmarks against what other VMMs do (QUICK=1, or BENCH_SECONDS=N: shorter)'
 	@echo 'make soak    64 guests and a VMM that does anything, for SOAK_SECONDS (1800)'
 	@echo 'make qemu    QEMU with the library'"'"'s balloon device, from Debian'"'"'s source package, in target/qemu'
@@ -76,9 +77,13 @@ loom: setup
 	RUSTFLAGS='--cfg loom' $(CARGO) test --release -p aerostat-device --lib --target-dir target/loom \
 		-- models:: turnstile:: stats::
 
-# The stable toolchain does; see scripts/sanitize for what is not seen.
+# The stable toolchain does, with the sources of its standard library.
 sanitize: setup
 	scripts/sanitize $(or $(SANITIZER),thread) $(SANITIZE)
+
+# Installs the nightly toolchain that it comes with.
+miri: setup
+	scripts/miri
 
 demo: build
 	target/release/aerostat-demo --guest $(GUEST) --protocol $(PROTOCOL) --out target/demo

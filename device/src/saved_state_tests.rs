@@ -145,7 +145,8 @@ fn every_truncation_and_every_changed_byte_is_refused() {
         assert!(decoded(&bytes[..len]).is_err(), "{len} bytes");
     }
     for at in 0..bytes.len() {
-        for flip in 1..=255 {
+        // miri is too slow for all of them.
+        for flip in (1..=255).step_by(if cfg!(miri) { 200 } else { 1 }) {
             let mut damaged = bytes.clone();
             damaged[at] ^= flip;
             assert!(decoded(&damaged).is_err(), "byte {at} ^ {flip:#x}");

@@ -294,12 +294,14 @@ fn is_buffer(guest: &Guest, addresses: &[u64], mapped: &[(u64, u64)]) -> bool {
     let (Some(&first), Some(&last)) = (addresses.first(), addresses.last()) else {
         return true;
     };
-    let described = guest.seen_all().windows(12).filter_map(|window| {
-        // The canary has the highest bit of every byte set, addresses of buffers have not.
-        let low = window[7] == 0 && window[11] < 0x80;
-        let (address, length) = low.then(|| window.split_at(8))?;
+    let described = guest.seen_all().windows(16).filter_map(|window| {
+        // The canary has the highest bit of every byte set, addresses of buffers have not. A split ring's
+        // descriptors have their flags behind the length, a packed one's at the end.
+        let writable = [window[12], window[14]].iter().any(|flags| flags & 2 != 0);
+        let (address, rest) = (window[7] == 0 && writable).then(|| window.split_at(8))?;
         let address = u64::from_le_bytes(address.try_into().ok()?);
-        Some((address, u32::from_le_bytes(length.try_into().ok()?).into()))
+        let length = u32::from_le_bytes(rest.get(..4)?.try_into().ok()?);
+        Some((address, length.into()))
     });
     let buffers = described.chain(mapped.iter().copied());
     let buffers = buffers.filter(|(from, len)| *from <= last && first < from.saturating_add(*len));

@@ -6,6 +6,8 @@ use aerostat_fuzz::script::{Address, Few, Layout, Length, Pages, Script, Segment
 const STATS_AND_REPORTING: u16 = 0b101;
 /// The place of MUST_TELL_HOST in [`Script::features`].
 const MUST_TELL_HOST: u16 = 1 << 6;
+/// And of PAGE_REFUSAL.
+const PAGE_REFUSAL: u16 = 1 << 8;
 
 fn offer(queue: u8, address: Address, writable: bool) -> Step {
     let length = Length::Pages(1);
@@ -71,6 +73,34 @@ fn a_ring_in_rom_is_refused() {
         for places in [[here, here, rom], [rom, here, here]] {
             play(&script(steps(places)), layout);
         }
+    }
+}
+
+/// The answer to an inflate goes to the beginning of a device-writable buffer, however long that says it is.
+#[test]
+fn an_answer_may_go_to_a_buffer_of_more_than_two_gib() {
+    let segment = |address, length, writable| Segment {
+        address,
+        length: Length::Raw(length),
+        writable,
+        odd: 0,
+    };
+    let long = segment(Address::Buffer(0), 0xc716_a6b6, true);
+    let list = segment(Address::Page(206), 223, false);
+    let steps = vec![
+        Step::Offer {
+            queue: 0,
+            segments: Few(vec![long, list]),
+            indirect: false,
+        },
+        Step::Kick(0),
+    ];
+    let script = Script {
+        features: STATS_AND_REPORTING | PAGE_REFUSAL,
+        ..script(steps)
+    };
+    for layout in [Layout::Split, Layout::Packed] {
+        assert_eq!(play(&script, layout).inflate_chains, 1, "{layout:?}");
     }
 }
 
