@@ -105,7 +105,9 @@ impl Oracle {
             "a balloon that the host has reset"
         );
         let told = told || terms.told;
-        let before = self.owe(&balloon, guest, Terms { told, ..terms });
+        // Pages that wait and were zero are not owed, and may have been written to meanwhile.
+        let waited = self.counters.balloon.pending_bytes > 0;
+        let before = self.owe(&balloon, guest, Terms { told, ..terms }) || waited;
         let deflated = counters.deflate_chains != self.counters.deflate_chains;
         let inflated = counters
             .inflate_chains
