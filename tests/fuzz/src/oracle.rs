@@ -198,7 +198,16 @@ impl Oracle {
     /// Notes which pages are to be discarded by now, or soon. Returns whether there were any before.
     fn owe(&mut self, balloon: &BTreeSet<u64>, guest: &Guest, terms: Terms) -> bool {
         let before = !self.owed.is_empty();
-        self.owed.retain(|pfn| balloon.contains(pfn));
+        // A frame of which a page was taken back is held again.
+        let framed = |pfn: u64| {
+            let index = guest.index_of(pfn * PAGE as u64);
+            index.is_some_and(|index| guest.kind(index).has_frames())
+        };
+        self.owed.retain(|&pfn| {
+            let frame = pfn / FRAME_PAGES * FRAME_PAGES;
+            let mut frame = frame..frame + FRAME_PAGES;
+            balloon.contains(&pfn) && (!framed(pfn) || frame.all(|page| balloon.contains(&page)))
+        });
         if terms.inhibited || terms.pinned {
             return before;
         }
