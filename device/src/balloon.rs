@@ -17,7 +17,7 @@ use crate::discard::{DeflateOptions, Discarder};
 use crate::memory::{BALLOON_PAGE_SHIFT, GuestMemory, GuestNode, NodeId, PfnRange, Region};
 use crate::metrics::{Books, Counters, Entry, Flow};
 use crate::pages::frames::Frames;
-use crate::pages::ownership::{Bitmap, Ownership};
+use crate::pages::ownership::Ownership;
 use crate::service::lock::Waiting;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -364,9 +364,15 @@ impl Balloon {
     fn held(&mut self) -> BTreeMap<Option<NodeId>, u64> {
         let mut held = BTreeMap::new();
         for (index, region) in self.memory.regions().iter().enumerate() {
-            if self.told && region.pages_per_frame() > 1 {
-                *held.entry(region.node).or_default() +=
-                    held_in_region(&mut self.ownership, index, region);
+            if self.told
+                && region.pages_per_frame() > 1
+                && let Some(bitmap) = self.ownership.region(index)
+            {
+                let frames = Frames::of(region).touching(region.pfns());
+                let of_region: u64 = frames
+                    .map(|frame| held_of(frame, bitmap.count(frame)))
+                    .sum();
+                *held.entry(region.node).or_default() += of_region;
             }
         }
         held
@@ -540,11 +546,6 @@ pub(crate) fn in_regions(
     outside
 }
 
-/// The bytes of `frame` that are in the balloon without the frame being complete.
-fn held_bytes(bitmap: &Bitmap, frame: PfnRange) -> u64 {
-    held_of(frame, bitmap.count(frame))
-}
-
 /// What `pages` pages in the balloon hold of `frame`: nothing once it is complete.
 fn held_of(frame: PfnRange, pages: u64) -> u64 {
     if pages == frame.pages() {
@@ -597,14 +598,6 @@ impl OpenFrame {
         let after = held_of(self.frame, self.after_pages);
         set_held(flow, before, after);
     }
-}
-
-/// The sum of [`held_bytes`] over a region.
-fn held_in_region(ownership: &mut Ownership, index: usize, region: &Region) -> u64 {
-    ownership.region(index).map_or(0, |bitmap| {
-        let frames = Frames::of(region).touching(region.pfns());
-        frames.map(|frame| held_bytes(bitmap, frame)).sum()
-    })
 }
 
 /// Enters that held bytes changed from `before` to `after` without a discard.

@@ -119,9 +119,8 @@ pub(crate) struct Window {
     since: Option<Instant>,
     /// What is still to be taken out of what waited when the flush began; 0 if none is under way.
     flushing_bytes: u64,
-    /// Whether that flush has all workers that there are, since the guest gives no more.
-    hurries: bool,
-    /// How large the balloon was when a flush last hurried, since one last came by itself.
+    /// How large the balloon was when that flush, or the last one, began since the guest gives no more; 0 if it
+    /// came by itself.
     hurried_pages: u64,
     flights: Vec<Flight>,
 }
@@ -136,7 +135,6 @@ impl Window {
             waiting_bytes: 0,
             since: None,
             flushing_bytes: 0,
-            hurries: false,
             hurried_pages: 0,
             flights: Vec::new(),
         }
@@ -185,15 +183,14 @@ impl Window {
         if !self.is_empty() && (more.is_some() || self.flushing_bytes == 0 && due()) {
             self.flushing_bytes = self.waiting_bytes;
             self.since = None;
-            self.hurries = more.is_some();
             self.hurried_pages = more.unwrap_or(0);
         }
         self.flushing_bytes > 0
     }
 
-    /// Whether the flush under way is for a guest that gives no more.
+    /// Whether the flush under way is for a guest that gives no more: it has all workers that there are.
     pub(crate) fn hurries(&self) -> bool {
-        self.hurries
+        self.hurried_pages > 0
     }
 
     /// Whether it holds so much that more has to wait for the flush under way.

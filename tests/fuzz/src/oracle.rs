@@ -7,6 +7,7 @@ use crate::guest::{FRAME_PAGES, Guest, Kind, PAGE, REGIONS};
 use aerostat_device::memory::NodeId;
 use aerostat_device::{Counters, Device, DeviceState, Flow};
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// An answer has a bit for each of at most 8192 pages.
 const MAX_ANSWER_BYTES: u64 = 1024;
@@ -203,11 +204,9 @@ impl Oracle {
             let index = guest.index_of(pfn * PAGE as u64);
             index.is_some_and(|index| guest.kind(index).has_frames())
         };
-        self.owed.retain(|&pfn| {
-            let frame = pfn / FRAME_PAGES * FRAME_PAGES;
-            let mut frame = frame..frame + FRAME_PAGES;
-            balloon.contains(&pfn) && (!framed(pfn) || frame.all(|page| balloon.contains(&page)))
-        });
+        let complete = |pfn| frame_of(pfn).all(|page| balloon.contains(&page));
+        self.owed
+            .retain(|&pfn| balloon.contains(&pfn) && (!framed(pfn) || complete(pfn)));
         if terms.inhibited || terms.pinned {
             return before;
         }
@@ -217,10 +216,8 @@ impl Oracle {
                 .map(|index| guest.kind(index));
             match kind {
                 Some(kind) if kind.has_frames() => {
-                    let frame = pfn / FRAME_PAGES * FRAME_PAGES;
-                    let frame = frame..frame + FRAME_PAGES;
-                    if terms.told && frame.clone().all(|page| balloon.contains(&page)) {
-                        self.owed.extend(frame);
+                    if terms.told && complete(pfn) {
+                        self.owed.extend(frame_of(pfn));
                     }
                 }
                 Some(Kind::Pinned | Kind::Rom) | None => {}
@@ -258,6 +255,12 @@ pub(crate) fn recount(device: &Device, guest: &Guest) -> BTreeSet<u64> {
         balloon.extend(range.start.0..range.end.0);
     }
     balloon
+}
+
+/// The pages of the frame that a page is in.
+fn frame_of(pfn: u64) -> Range<u64> {
+    let first = pfn / FRAME_PAGES * FRAME_PAGES;
+    first..first + FRAME_PAGES
 }
 
 /// How many pages of the balloon are in frames that are not all in it.

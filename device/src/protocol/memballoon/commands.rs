@@ -139,7 +139,7 @@ fn carry_out(batch: &mut Batch, turn: &mut Turn<'_>) -> u32 {
 }
 
 /// The most addresses that a command may have, of pages of `size`.
-pub(super) fn max_addresses(size: u64) -> u64 {
+fn max_addresses(size: u64) -> u64 {
     (MAX_PAGES / size).clamp(2, MAX_ADDRESSES)
 }
 
