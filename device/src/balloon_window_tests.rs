@@ -87,6 +87,24 @@ fn a_guest_that_gives_the_same_again_is_flushed_in_its_time() {
     assert_eq!(give(&mut guest, 1000), 0, "larger than before");
 }
 
+/// I3: a device whose window is empty is not brought to a worker again and again.
+#[test]
+fn nothing_is_due_after_a_flush_that_took_all() {
+    let (mut guest, books, _runtime) = windowed(|_| ());
+    let balloon = &mut guest.balloon;
+    balloon.give(&[range(600, 100)], 0, &books);
+    assert!(balloon.window.flushes(Some(100)), "no more is expected");
+    // Neither what is there already, nor what the same flush takes with it, is due later.
+    balloon.give(&[range(600, 10)], 0, &books);
+    assert_eq!(balloon.flush_deadline(), None);
+    balloon.give(&[range(700, 10)], 0, &books);
+    assert!(balloon.flush_deadline().is_some());
+    balloon.flush_if_due(false, false, &books, || ());
+    balloon.wait_for_flights();
+    assert_eq!(flow(&books).pending_bytes, 0);
+    assert_eq!(balloon.flush_deadline(), None);
+}
+
 #[test]
 fn an_accountant_hears_nothing_of_pages_that_only_waited() {
     let (mut guest, books, _runtime) = windowed(|_| ());

@@ -200,6 +200,7 @@ impl Window {
 
     /// Adds pages that are in the balloon and not discarded.
     pub(crate) fn add(&mut self, pieces: &[Piece]) {
+        let before = self.waiting_bytes;
         for piece in pieces {
             let bitmap = self.waiting.region(piece.region);
             let touched = self.touched.get_mut(piece.region);
@@ -208,8 +209,8 @@ impl Window {
                 stretch(touched, piece.range);
             }
         }
-        if self.since.is_none() && !self.is_empty() {
-            self.since = Some(Instant::now());
+        if self.waiting_bytes > before {
+            self.since.get_or_insert_with(Instant::now);
         }
     }
 
@@ -251,6 +252,12 @@ impl Window {
                 taken(run);
             });
         }
+        self.note_taken();
+    }
+
+    /// After pages were taken out: nothing is due where nothing waits.
+    fn note_taken(&mut self) {
+        self.flushing_bytes = self.flushing_bytes.min(self.waiting_bytes);
         if self.is_empty() {
             self.since = None;
         }
@@ -318,10 +325,8 @@ impl Window {
     ) -> Load {
         let load = self.take_from(region, Some(slice), memory, owned);
         let bytes: u64 = load.exact.iter().map(|piece| piece.range.bytes()).sum();
-        self.flushing_bytes = self
-            .flushing_bytes
-            .saturating_sub(bytes)
-            .min(self.waiting_bytes);
+        self.flushing_bytes = self.flushing_bytes.saturating_sub(bytes);
+        self.note_taken();
         load
     }
 
@@ -333,8 +338,7 @@ impl Window {
             load.exact.extend(part.exact);
             load.bridged.extend(part.bridged);
         }
-        self.since = None;
-        self.flushing_bytes = 0;
+        self.note_taken();
         load
     }
 
