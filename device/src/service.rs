@@ -319,6 +319,8 @@ impl Shared {
         if started {
             return Err(Error::AlreadyStarted("the queue"));
         }
+        // What came before the queue is none of its elements.
+        self.accept_elements(service);
         let (features, balloon) = service.ready()?;
         let queue = match config.ring {
             None => Queue {
@@ -392,9 +394,12 @@ impl Shared {
             balloon.reset(&self.books);
         }
         service.open_window(&*self.protocol, &self.books);
-        // The timer rings once, and is set again by who heard it.
-        self.turnstile.forget_all_but(1 << Self::TIMER);
+        // The timer rings once, and is set again by who heard it; elements are to be answered.
+        self.turnstile
+            .forget_all_but(1 << Self::TIMER | Self::SUBMITTED);
         self.show(service);
+        // From here on nobody may submit any. What came while queues were being stopped goes back.
+        self.accept_elements(service);
         if set_up {
             self.record(HistoryEvent::Reset);
         }

@@ -441,6 +441,8 @@ fn elements_across(barrier: fn(&Device)) {
             host.device.start_queue(queue, config).unwrap();
         }
         host.device.activate().unwrap();
+        // A guest that owes pages is worth a longer look: its worker may be waiting for more elements.
+        host.device.set_target_bytes(PAGE).unwrap();
         while host.runtime.turn(true) {}
         let element = |token| Element {
             queue: INFLATE,
