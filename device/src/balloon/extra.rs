@@ -6,10 +6,15 @@
 //!
 //! Invariant: the size never falls below zero by more than the grant, which is the host's to set (I5).
 
-use super::{Balloon, bytes, in_regions};
+use super::{Account, Balloon, Piece, bytes, carry_out, in_regions};
 use crate::memory::{GuestMemory, PfnRange};
 use crate::metrics::Books;
+use crate::pages::frames::Frames;
 use crate::pages::ownership::Ownership;
+use std::sync::Arc;
+
+/// What is taken back at a time: 128 MiB of small pages, and not many more runs than a turn has.
+const PART_PAGES: u64 = 1 << 15;
 
 /// The pages of the regions that begin in the balloon.
 pub(super) fn extra_pages(memory: &GuestMemory) -> u64 {
@@ -61,29 +66,54 @@ impl Balloon {
         self.extra_grant_bytes = bytes;
     }
 
-    /// Discards what the guest has beyond what it booted with: nobody is left to give it back.
+    /// Discards what the guest has beyond what it booted with: nobody is left to give it back. How it is
+    /// scattered is the guest's choice, so whole parts of the regions are discarded, not what it has in them.
     pub(super) fn take_back_extra(&mut self, books: &Books) {
-        let mut handed_out = Vec::new();
-        for (index, region) in self.memory.regions().iter().enumerate() {
-            let Some(bitmap) = self.ownership.region(index).filter(|_| region.extra) else {
-                continue;
-            };
-            let mut at = region.pfns().start;
-            bitmap.runs(|run| {
-                handed_out.push(PfnRange {
-                    start: at,
-                    end: run.start,
-                });
-                at = run.end;
+        let memory = Arc::clone(&self.memory);
+        for (index, region) in memory.regions().iter().enumerate() {
+            if region.extra {
+                let mut at = region.pfns().start;
+                while at < region.pfns().end {
+                    let range = Frames::of(region).around(PfnRange::new(at, PART_PAGES));
+                    let range = range.intersection(region.pfns());
+                    self.take_back(
+                        Piece {
+                            region: index,
+                            range,
+                        },
+                        books,
+                    );
+                    at = range.end;
+                }
+            }
+        }
+    }
+
+    /// Discards what the guest has of `part`, all of which is in the balloon then.
+    fn take_back(&mut self, part: Piece, books: &Books) {
+        let mut pieces = std::mem::take(&mut self.pieces);
+        pieces.clear();
+        let mut pages = 0;
+        if let Some(bitmap) = self.ownership.region(part.region) {
+            bitmap.insert(part.range, |range| {
+                pages += range.pages();
+                pieces.push(Piece { range, ..part });
             });
-            let end = region.pfns().end;
-            handed_out.push(PfnRange { start: at, end });
         }
-        handed_out.retain(|range| range.pages() > 0);
-        if !handed_out.is_empty() {
-            self.give(&handed_out, 0, books);
-            self.drain(books);
+        self.ballooned_pages += pages;
+        books.enter(|entry| {
+            let flow = &mut entry.node(self.node(&part)).balloon;
+            super::bump(&mut flow.requested_bytes, bytes(pages));
+            super::bump(&mut flow.pending_bytes, bytes(pages));
+        });
+        self.complete_frames(&mut pieces, books);
+        if self.inhibited || self.has_pinned() {
+            self.discard(&pieces, Account::Balloon, books);
+        } else {
+            let (memory, discarder) = (&self.memory, &self.discarder);
+            carry_out(memory, discarder, &pieces, &[part], Account::Balloon, books);
         }
+        self.pieces = pieces;
     }
 
     /// How many of `pages`, from the first on, may be taken out: those that are wholly in the balloon,

@@ -101,6 +101,38 @@ fn a_reset_discards_what_was_handed_out() {
     assert!(books.total().balloon.balances());
 }
 
+/// I3: what a reset costs is not the guest's choice.
+#[test]
+fn scattered_pages_are_taken_back_in_one_call_a_region() {
+    let (mut balloon, books) = balloon();
+    balloon.set_extra_grant(16 * PAGE);
+    let scattered: Vec<_> = (0..8).map(|number| page(EXTRA + 2 * number)).collect();
+    balloon.take(&scattered, 0, &books);
+    for page in &scattered {
+        let slice = balloon
+            .memory()
+            .slice_prefix(crate::memory::Gpa(page.start.0 * PAGE), 1)
+            .unwrap();
+        slice.write(0, &[7]);
+    }
+    balloon.reset(&books);
+    assert_eq!(size(&balloon), (0, 0));
+    let total = books.total();
+    assert_eq!((total.discard_calls, total.discard_ranges), (1, 1));
+    assert_eq!(total.balloon.discarded_bytes, 8 * PAGE);
+    assert_eq!(total.balloon.requested_bytes, 8 * PAGE);
+    assert!(total.balloon.balances());
+    for page in &scattered {
+        let mut byte = [1];
+        let slice = balloon
+            .memory()
+            .slice_prefix(crate::memory::Gpa(page.start.0 * PAGE), 1)
+            .unwrap();
+        slice.read(0, &mut byte);
+        assert_eq!(byte, [0], "discarded");
+    }
+}
+
 #[test]
 fn memory_that_is_plugged_in_later_begins_in_the_balloon_too() {
     let (mut balloon, books) = balloon();
