@@ -119,6 +119,8 @@ impl Device {
         shared.show_target();
         shared.record(HistoryEvent::Restored);
         drop(service);
+        // Whatever the protocol has for its target: the VMM is to look at the device.
+        shared.signal_config();
         shared.announce_target();
         Ok(())
     }

@@ -27,7 +27,7 @@ const MAX_PAGES: u64 = 1 << 19;
 /// How much is served before other devices get a turn: commands, buffers that they consist of, addresses,
 /// and pages of 4 KiB that they name.
 const MAX_COMMANDS_PER_TURN: usize = 256;
-const MAX_BUFFERS_PER_TURN: usize = 1 << 15;
+pub(super) const MAX_BUFFERS_PER_TURN: usize = 1 << 15;
 const MAX_ADDRESSES_PER_TURN: u64 = MAX_ADDRESSES;
 const MAX_PAGES_PER_TURN: u64 = 1 << 18;
 /// How often a queue that keeps filling up is looked at again within one turn.

@@ -4,6 +4,7 @@
 //! The driver leaves a buffer in the fromdevq, and the device takes it when it has something to say. While
 //! there is none, only the latest value is kept. So nothing is ever held, and nothing has to be put back.
 
+use super::commands::MAX_BUFFERS_PER_TURN;
 use super::{EXTRA_MEM, NODE};
 use crate::balloon::bump;
 use crate::protocol::contract::Turn;
@@ -87,7 +88,9 @@ impl Minimum {
         source: &mut Source,
         turn: &mut Turn<'_>,
     ) -> Result<bool, RingError> {
-        for _ in 0..MAX_CHAINS_PER_TURN {
+        let (mut chains, mut buffers) = (0, 0);
+        while chains < MAX_CHAINS_PER_TURN && buffers < MAX_BUFFERS_PER_TURN {
+            chains += 1;
             if !self.unsaid.load(Ordering::Acquire) {
                 return Ok(false);
             }
@@ -99,6 +102,7 @@ impl Minimum {
                 }
                 continue;
             }
+            buffers += chain.buffers();
             // What is set from now on is said with the next buffer.
             self.unsaid.store(false, Ordering::Release);
             let message = self.message(turn.features);

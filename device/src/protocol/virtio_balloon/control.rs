@@ -52,6 +52,8 @@ impl Device {
     /// # Errors
     /// Needs an active device with FREE_PAGE_HINT and no round that is still running.
     pub fn start_hints(&self, limit: Duration) -> Result<u32> {
+        // A reset comes before, or ends the round.
+        let _service = self.shared.service.lock();
         active_with(self, Features::FREE_PAGE_HINT, "FREE_PAGE_HINT")?;
         if limit.is_zero() || limit > MAX_ROUND {
             let value = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);

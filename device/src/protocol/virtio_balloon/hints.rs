@@ -185,22 +185,20 @@ fn accept(
     if chain.malformed {
         return false;
     }
+    // Read without the lock: the guest's memory may take its time.
+    let mut bytes = Vec::new();
+    let id = (chain.readable_bytes() == 4
+        && chain.read(memory, |piece| bytes.extend_from_slice(piece)))
+    .then(|| <[u8; 4]>::try_from(bytes.as_slice()).ok())
+    .flatten()
+    .map(u32::from_le_bytes);
+    let mut understood = chain.readable.is_empty() || id.is_some();
     let mut round = hints.round.lock();
-    let mut understood = true;
-    if !chain.readable.is_empty() {
-        let mut bytes = Vec::new();
-        let id = (chain.readable_bytes() == 4
-            && chain.read(memory, |piece| bytes.extend_from_slice(piece)))
-        .then(|| <[u8; 4]>::try_from(bytes.as_slice()).ok())
-        .flatten()
-        .map(u32::from_le_bytes);
-        understood = id.is_some();
-        if let Some(id) = id {
-            if id == CMD_STOP && round.sent == Some(round.id) && round.state == HintState::Running {
-                round.state = HintState::Complete;
-            }
-            round.sent = Some(id);
+    if let Some(id) = id {
+        if id == CMD_STOP && round.sent == Some(round.id) && round.state == HintState::Running {
+            round.state = HintState::Complete;
         }
+        round.sent = Some(id);
     }
     if chain.writable.is_empty() {
         return understood;
