@@ -15,7 +15,8 @@ use std::{
 };
 
 use aerostat_tests::qemu::{
-    Backing, Balloon, Machine, MachineConfig, MachinePrerequisites, balloon::eventually,
+    Backing, Balloon, Machine, MachineConfig, MachinePrerequisites,
+    balloon::{PATIENCE, eventually},
     config::BALLOON_PATH,
 };
 use serde_json::{Value, json};
@@ -31,9 +32,6 @@ const TAKE_LARGE_PAGES: &str = "echo 1000 >/proc/sys/vm/nr_hugepages";
 const INTERLEAVED: &str = "awk 'BEGIN { for (i = 0; i < 4096; i++) {
     printf \"%4096s\", \"\" >\"/mem/even\"; fflush(\"/mem/even\")
     printf \"%4096s\", \"\" >\"/mem/odd\"; fflush(\"/mem/odd\") } }'";
-
-/// The most that anything may take: emulation is slow, and the machine may be busy.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 const MODULE: &str = "virtio_memballoon";
 const ATTRIBUTES: &str = "/sys/bus/virtio/drivers/virtio_memballoon/virtio*/memballoon";
@@ -63,20 +61,12 @@ fn set_attribute(machine: &mut Machine, name: &str, value: u64) {
 
 /// Waits until the device's balloon has a size that will do, and nothing waits to be discarded.
 fn wait_until(machine: &mut Machine, what: &str, will_do: impl Fn(u64) -> bool) -> Value {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
+    eventually(what, || {
         let counters = machine.counters().unwrap();
         let size = counters["ballooned-bytes"].as_u64().unwrap();
-        if will_do(size) && counters["balloon"]["pending-bytes"] == 0 {
-            return counters;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "not within {PATIENCE:?}: {what}; {counters}\n{}",
-            machine.log()
-        );
-        thread::sleep(Duration::from_millis(20));
-    }
+        let settled = will_do(size) && counters["balloon"]["pending-bytes"] == 0;
+        (settled, counters)
+    })
 }
 
 /// Waits until device and driver agree on the balloon's size.

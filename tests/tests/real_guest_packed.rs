@@ -11,8 +11,8 @@ use aerostat_reclaim::vm::{ControlClient, DeviceState, DeviceStatus};
 use aerostat_tests::artifacts;
 use aerostat_tests::backend::Backend;
 use aerostat_tests::guest::{Prerequisites, UmlConfig, UmlGuest};
-use std::thread;
-use std::time::{Duration, Instant};
+use aerostat_tests::wait::eventually;
+use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 const MEMORY_MIB: u64 = 320;
@@ -50,15 +50,10 @@ impl Scene {
 
     /// Looks at the device until it is as it should be.
     fn wait_until(&mut self, what: &str, is: impl Fn(&DeviceStatus) -> bool) -> DeviceStatus {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
+        eventually(what, PATIENCE, || {
             let status = self.control.query().unwrap();
-            if is(&status) {
-                return status;
-            }
-            assert!(Instant::now() < deadline, "not in time: {what}; {status:?}");
-            thread::sleep(Duration::from_millis(10));
-        }
+            (is(&status), status)
+        })
     }
 
     fn wait_for_balloon(&mut self, bytes: u64) -> DeviceStatus {
