@@ -92,6 +92,7 @@ pub fn command() -> clap::Command {
 #[doc(hidden)]
 pub fn serve_one(runtime: &Arc<Runtime>, front_end: UnixStream) {
     use crate::vm::Offer;
+    use aerostat_device::{DeviceKind, WriteBehind};
     use std::sync::OnceLock;
     static SHUTDOWN: OnceLock<Option<Wake>> = OnceLock::new();
     let shutdown = SHUTDOWN.get_or_init(|| {
@@ -102,7 +103,11 @@ pub fn serve_one(runtime: &Arc<Runtime>, front_end: UnixStream) {
         let vm = Vm::new(
             String::from("fuzz"),
             Arc::clone(runtime),
-            Offer::default(),
+            Offer {
+                features: DeviceKind::VirtioBalloon.supported_features(),
+                write_behind: WriteBehind::RECOMMENDED,
+                ..Offer::default()
+            },
             None,
         );
         // Whatever a front-end says ends its session at worst.

@@ -30,6 +30,7 @@ enum Access {
     Hints(bool),
     ResetBalloon,
     Acknowledge,
+    NodeTargets(u8, [u32; 2]),
 }
 
 /// Plays the accesses.
@@ -84,9 +85,32 @@ fn step(device: &Device, access: &Access) {
             }
             Err(_) => assert_eq!(space(device), before, "refused, and nothing changed"),
         },
+        Access::NodeTargets(nodes, bytes) => {
+            let bytes = bytes.map(u64::from);
+            let nodes = bytes.get(..usize::from(*nodes)).unwrap_or(&bytes);
+            match device.set_node_targets(nodes) {
+                Ok(set) => {
+                    assert_eq!(set, device.target_bytes());
+                    let space = space(device);
+                    let field = |at: usize| {
+                        space[at..at + 4]
+                            .iter()
+                            .rev()
+                            .fold(0, |field, byte| field << 8 | u64::from(*byte))
+                    };
+                    let each = nodes.iter().map(|bytes| bytes / 4096);
+                    assert_eq!(field(24), nodes.len() as u64);
+                    assert_eq!(field(0), each.clone().sum::<u64>());
+                    assert!((28..).step_by(4).map(field).zip(each).all(|(a, b)| a == b));
+                }
+                Err(_) => assert_eq!(space(device), before, "refused, and nothing changed"),
+            }
+        }
         Access::Features(bits) => {
-            let host_reset = if bits & 0x40 == 0 { 0 } else { HOST_RESET };
-            drop(device.set_features(u64::from(bits & !0x40) | host_reset));
+            let high = [(0x40, HOST_RESET), (0x80, NODE_TARGETS)];
+            let high = high.iter().filter(|(bit, _)| bits & bit != 0);
+            let high = high.fold(0, |features, (_, feature)| features | feature);
+            drop(device.set_features(u64::from(bits & 0x3f) | high));
         }
         Access::Activate => drop(device.activate()),
         Access::Reset => {

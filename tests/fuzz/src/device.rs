@@ -173,7 +173,7 @@ fn write_behind(choice: u8) -> WriteBehind {
 }
 
 fn features(bits: u16, layout: Layout) -> u64 {
-    const OPTIONAL: [u32; 11] = [1, 3, 5, 4, 29, 28, 0, 35, 50, 51, 2];
+    const OPTIONAL: [u32; 12] = [1, 3, 5, 4, 29, 28, 0, 35, 50, 51, 2, 52];
     let chosen = OPTIONAL.iter().enumerate();
     let chosen = chosen.filter(|(bit, _)| bits & (1 << bit) != 0);
     let packed = if layout == Layout::Packed { 1 << 34 } else { 0 };

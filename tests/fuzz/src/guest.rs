@@ -95,6 +95,8 @@ pub struct Guest {
     pristine: Vec<u8>,
     /// The memory as it was when it was last looked at, page by page.
     shadow: Vec<u8>,
+    /// The pages whose shadow may be something else than the canary.
+    written: [bool; PAGES],
 }
 
 /// The canary of the byte at `offset` of the page with index `page`.
@@ -112,6 +114,7 @@ impl Guest {
             regions: Vec::new(),
             pristine: Vec::with_capacity(PAGES * PAGE),
             shadow: Vec::new(),
+            written: [false; PAGES],
         };
         for page in 0..PAGES {
             guest
@@ -160,6 +163,7 @@ impl Guest {
             }
         }
         self.shadow.copy_from_slice(&self.pristine);
+        self.written = [false; PAGES];
     }
 
     fn restore(&self, index: usize) {
@@ -212,21 +216,38 @@ impl Guest {
         bytes
     }
 
+    /// Whether a page holds what it held when it was last looked at.
+    #[must_use]
+    pub fn is_as_seen(&self, index: usize) -> bool {
+        // SAFETY: a page of the guest's own mapping; devices are served by this thread, so nobody
+        // writes while the reference lives, which is until the end of this function.
+        let now = unsafe { std::slice::from_raw_parts(self.pages[index].hva as *const u8, PAGE) };
+        now == self.seen(index)
+    }
+
     /// What a page held when it was last looked at.
     #[must_use]
     pub fn seen(&self, index: usize) -> &[u8] {
         &self.shadow[index * PAGE..][..PAGE]
     }
 
-    /// All that was seen, page by page in the order of [`Self::pages`].
-    #[must_use]
-    pub fn seen_all(&self) -> &[u8] {
-        &self.shadow
+    /// Stretches of what was seen that hold all which may be something else than the canary, with
+    /// `around` bytes of what lies before and behind.
+    pub fn seen_other_than_canary(&self, around: usize) -> impl Iterator<Item = &[u8]> {
+        let mut pages = 0..PAGES;
+        std::iter::from_fn(move || {
+            let first = pages.find(|page| self.written[*page])?;
+            let end = pages.find(|page| !self.written[*page]).unwrap_or(PAGES);
+            let until = (end * PAGE + around).min(self.shadow.len());
+            self.shadow
+                .get((first * PAGE).saturating_sub(around)..until)
+        })
     }
 
     /// Notes what a page holds now.
     pub fn see(&mut self, index: usize, bytes: &[u8; PAGE]) {
         self.shadow[index * PAGE..][..PAGE].copy_from_slice(bytes);
+        self.written[index] = true;
     }
 
     /// The driver writes; what is outside memory, or in ROM, is left out.
@@ -248,6 +269,7 @@ impl Guest {
             // reference covers.
             unsafe { std::ptr::copy_nonoverlapping(rest.as_ptr(), to, count) };
             self.shadow[index * PAGE + offset..][..count].copy_from_slice(&rest[..count]);
+            self.written[index] = true;
         }
     }
 

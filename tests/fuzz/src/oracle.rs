@@ -118,10 +118,10 @@ impl Oracle {
         let (mut answered, mut due) = (0, 0);
         for index in 0..guest.pages().len() {
             let pfn = guest.pages()[index].pfn;
-            let now = guest.page(index);
-            if now.as_slice() == guest.seen(index) && !self.owed.contains(&pfn) {
+            if guest.is_as_seen(index) && !self.owed.contains(&pfn) {
                 continue;
             }
+            let now = guest.page(index);
             let change = compare(guest.seen(index), &now, pfn, writes);
             if change.zero {
                 let owed = self.owed.remove(&pfn);
@@ -273,7 +273,7 @@ fn incomplete_frames(balloon: &BTreeSet<u64>) -> u64 {
 
 /// What became of a page.
 struct Change {
-    /// The addresses of bytes that changed where they must not.
+    /// The addresses of bytes that changed where they must not; the first suffices for a page that is zero.
     bytes: Vec<u64>,
     /// Whether the page is zero but for where the device may write.
     zero: bool,
@@ -287,6 +287,13 @@ fn compare(seen: &[u8], now: &[u8; PAGE], pfn: u64, writes: &[(u64, u64)]) -> Ch
         let mut areas = here.iter();
         areas.any(|(from, len)| (*from..from + len).contains(&offset))
     };
+    if here.is_empty() && now == &[0; PAGE] {
+        let first = (start..).zip(seen).find(|(_, old)| **old != 0);
+        return Change {
+            bytes: first.map(|(offset, _)| offset).into_iter().collect(),
+            zero: true,
+        };
+    }
     let mut change = Change {
         bytes: Vec::new(),
         zero: true,
@@ -308,7 +315,9 @@ fn is_buffer(guest: &Guest, addresses: &[u64], mapped: &[(u64, u64)]) -> bool {
     let (Some(&first), Some(&last)) = (addresses.first(), addresses.last()) else {
         return true;
     };
-    let described = guest.seen_all().windows(16).filter_map(|window| {
+    let stretches = guest.seen_other_than_canary(15);
+    let windows = stretches.flat_map(|stretch| stretch.windows(16));
+    let described = windows.filter_map(|window| {
         // The canary has the highest bit of every byte set, addresses of buffers have not. A split ring's
         // descriptors have their flags behind the length, a packed one's at the end.
         let writable = [window[12], window[14]].iter().any(|flags| flags & 2 != 0);
@@ -333,15 +342,19 @@ fn is_named(guest: &Guest, pfn: u64) -> bool {
         return false;
     };
     let number = number.to_le_bytes();
-    let mut windows = guest.seen_all().windows(4);
-    windows.any(|window| window[0] == number[0] && window == number)
+    let mut stretches = guest.seen_other_than_canary(3);
+    stretches.any(|stretch| {
+        let mut windows = stretch.windows(4);
+        windows.any(|window| window[0] == number[0] && window == number)
+    })
 }
 
 /// Whether any bytes of guest memory are the address and length of whole pages with the page among
 /// them, as a descriptor has them.
 fn is_reported(guest: &Guest, pfn: u64) -> bool {
     let page = PAGE as u64;
-    let mut windows = guest.seen_all().windows(12);
+    let stretches = guest.seen_other_than_canary(11);
+    let mut windows = stretches.flat_map(|stretch| stretch.windows(12));
     windows.any(|window| {
         // The canary has no zeros, and whole pages begin and end with them.
         if window[0] != 0 || window[8] != 0 {

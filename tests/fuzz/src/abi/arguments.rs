@@ -140,6 +140,16 @@ pub(super) enum Call {
     Position(u8, u8, Size),
     Poke(u16, Bytes),
     Kick,
+    NodeTargets(u8, [u32; 2], u8),
+    QueryNode(u8, u8, Size),
+    Deflate(u8, u8),
+    ExtraGrant(u8, u32),
+    /// A command of a guest of VMware's, and which of its outputs are NULL.
+    Vmware(u8, u8, [u32; 2], u8),
+    /// Range mode, with or without answers.
+    Discard(u8, Few<(u16, u16)>, u8),
+    /// A cgroup that is not there.
+    Cgroup(u8, u8, Size),
 }
 
 /// An answer that the header knows, with a message if it is a refusal.

@@ -317,7 +317,117 @@ impl<'a> Play<'a> {
             Call::Kick => {
                 let _ = rustix::io::write(&self.host.events[0], &1u64.to_ne_bytes());
             }
+            Call::NodeTargets(device, bytes, count) => {
+                let bytes = bytes.map(u64::from);
+                let count = usize::from(*count % 4).min(bytes.len());
+                let from = if *bytes.first().unwrap_or(&0) == 1 {
+                    std::ptr::null()
+                } else {
+                    bytes.as_ptr()
+                };
+                let device = self.device(*device);
+                checked(unsafe { aerostat_device_set_node_targets(device, from, count) });
+            }
+            Call::QueryNode(device, node, size) => {
+                let (device, node) = (self.device(*device), u32::from(*node));
+                with_room(*size, |out| unsafe {
+                    aerostat_device_query_node(device, node, out)
+                });
+            }
+            Call::Deflate(device, flags) => {
+                let device = self.device(*device);
+                checked(unsafe { aerostat_device_set_deflate(device, (*flags).into()) });
+            }
+            Call::ExtraGrant(device, bytes) => {
+                let device = self.device(*device);
+                checked(unsafe { aerostat_device_set_extra_grant(device, (*bytes).into()) });
+            }
+            Call::Vmware(device, command, arguments, null) => {
+                let (mut status, mut result) = (0, 0);
+                let status = if *null == 1 {
+                    null_mut()
+                } else {
+                    &raw mut status
+                };
+                let result = if *null == 2 {
+                    null_mut()
+                } else {
+                    &raw mut result
+                };
+                let [first, second] = arguments.map(u64::from);
+                let (device, command) = (self.device(*device), u64::from(command % 16));
+                checked(unsafe {
+                    aerostat_vmware_command(device, command, first, second, status, result)
+                });
+            }
+            Call::Discard(memory, ranges, null) => self.discard(*memory, &ranges.0, *null),
+            Call::Cgroup(device, what, size) => {
+                let device = self.device(*device);
+                let nowhere = c"/sys/fs/cgroup/aerostat-is-not-there".as_ptr();
+                match what % 3 {
+                    0 => {
+                        let path = if *what == 0 {
+                            std::ptr::null()
+                        } else {
+                            nowhere
+                        };
+                        let answer =
+                            checked(unsafe { aerostat_device_attach_cgroup(device, path) });
+                        assert!(answer < 0, "attached to what is not there");
+                    }
+                    1 => drop(checked(unsafe { aerostat_device_detach_cgroup(device) })),
+                    _ => {
+                        with_room(*size, |out| unsafe {
+                            aerostat_device_query_cgroup(device, out)
+                        });
+                    }
+                }
+            }
         }
+    }
+
+    /// Range mode: what is answered for each range agrees with how many are free.
+    fn discard(&mut self, memory: u8, ranges: &[(u16, u16)], null: u8) {
+        const UNTOUCHED: c_int = 77;
+        let ranges: Vec<_> = ranges
+            .iter()
+            .map(|(first, pages)| aerostat_range {
+                gpa: u64::from(*first % 260) * 4096 + u64::from(*first >> 15),
+                len_bytes: u64::from(*pages % 20) * 4096 + u64::from(*pages >> 15),
+            })
+            .collect();
+        let mut results = vec![UNTOUCHED; ranges.len()];
+        let memory = self.memories[usize::from(memory) % SLOTS];
+        let from = if null == 1 {
+            std::ptr::null()
+        } else {
+            ranges.as_ptr()
+        };
+        let into = if null >= 128 {
+            null_mut()
+        } else {
+            results.as_mut_ptr()
+        };
+        // SAFETY: alive or NULL; as many ranges and results as are said, or NULL.
+        let answer = checked(unsafe {
+            aerostat_runtime_discard(self.host.runtime, memory, from, ranges.len(), into)
+        });
+        if answer < 0 || into.is_null() {
+            assert!(results.iter().all(|result| *result == UNTOUCHED));
+            return;
+        }
+        let free = results.iter().filter(|result| **result == 0).count();
+        assert_eq!(usize::try_from(answer), Ok(free), "{results:?}");
+        let known = [
+            libc::EINVAL,
+            libc::EFAULT,
+            libc::EROFS,
+            libc::EBUSY,
+            libc::EAGAIN,
+            libc::EIO,
+        ];
+        let is_known = |result: &c_int| *result == 0 || known.contains(&-result);
+        assert!(results.iter().all(is_known), "{results:?}");
     }
 
     fn simple(&mut self, device: u8, what: u8) {

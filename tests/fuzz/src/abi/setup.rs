@@ -26,7 +26,7 @@ impl Play<'_> {
             },
             config_fd: self.host.fd(fds[0]),
             completion_fd: self.host.fd(fds[1]),
-            kind: 0,
+            kind: u32::from(null >> 6),
             reserved: 0,
         };
         let index = usize::from(device) % SLOTS;
