@@ -1,8 +1,10 @@
 //! Everything a VMM may do to a device, at random, while its guest inflates and deflates: nothing
-//! hangs, no interrupt is lost, and the books balance (invariants I2, I4).
+//! hangs, no interrupt is lost, nothing is discarded behind an inhibit, the guest keeps what is its own, and the
+//! books balance (invariants I1, I2, I4).
 
-use aerostat::aerostat_queue_config;
+use aerostat::{aerostat_counters, aerostat_queue_config};
 use aerostat_tests::vmm::allocator::mix;
+use aerostat_tests::vmm::books::assert_balanced;
 use aerostat_tests::vmm::device::Device;
 use aerostat_tests::vmm::driver::Role;
 use aerostat_tests::vmm::guest::queue_config;
@@ -40,7 +42,17 @@ fn disturb(
         }
         1 => {
             device.inhibit()?;
+            let before = device.counters()?;
             wait();
+            let after = device.counters()?;
+            let discarded = |counters: &aerostat_counters| {
+                (
+                    counters.balloon.discarded_bytes,
+                    counters.report.discarded_bytes,
+                )
+            };
+            assert_eq!(discarded(&after), discarded(&before), "while inhibited");
+            assert_balanced(&after);
             device.uninhibit()
         }
         2 => device.set_memory(ram),
@@ -68,6 +80,7 @@ fn disturb(
 fn live(guest: &mut Guest, seed: u64, end: Instant) -> Result<u64> {
     let mut number = seed;
     let mut done = 0;
+    let working_set = guest.fill_memory(1000, seed)?;
     while Instant::now() < end {
         let elements = guest.config().elements;
         let queues = if elements { vec![] } else { queues(guest)? };
@@ -81,8 +94,11 @@ fn live(guest: &mut Guest, seed: u64, end: Instant) -> Result<u64> {
         guest.wait_actual(8 * MIB, PATIENCE)?;
         guest.stop_following();
         guest.settled_books()?;
+        guest.assert_intact(&working_set);
         guest.restart_driver()?;
     }
+    // Some of it came while discarding was inhibited, and was told so.
+    assert!(guest.books()?.balloon.skipped_inhibited_bytes > 0);
     Ok(done)
 }
 

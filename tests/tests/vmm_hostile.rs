@@ -497,53 +497,64 @@ fn write_across(hostile: &Hostile, gpa: u64, bytes: &[u8]) {
     }
 }
 
-/// "Descriptors changing while they are read (fetch once)": a thread rewrites descriptor, list and
-/// table all the time; whatever the device sees, only the guest's own unused pages may change.
+/// "Descriptors changing while they are read (fetch once)": a thread rewrites a descriptor, in the ring or in
+/// an indirect table, and the list that it is of, all the time; whatever the device sees, only the guest's own
+/// unused pages may change.
 #[test]
 fn descriptors_that_change_while_they_are_read_do_no_harm() -> Result<()> {
     let vmm = Vmm::new()?;
-    let (guest, contents) = boot_split(&vmm)?;
-    let mut hostile = Hostile::new(&guest, Role::Inflate)?;
-    let stop = std::sync::atomic::AtomicBool::new(false);
-    let (low, high) = (contents.pfns()[0], 0xf00u64);
-    let victim: Vec<u64> = (0xa00..0xb00).collect();
-    let writer = Hostile::new(&guest, Role::Inflate)?;
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut turn = 0u64;
-            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                turn += 1;
-                let pfn = victim[(turn % 256) as usize] as u32;
-                let wild = if turn.is_multiple_of(3) {
-                    u32::MAX
-                } else {
-                    pfn
-                };
-                writer.write(table(), &wild.to_le_bytes());
-                let gpa = if turn.is_multiple_of(5) {
-                    u64::MAX - 8
-                } else {
-                    table()
-                };
-                let len = if turn.is_multiple_of(7) { u32::MAX } else { 4 };
-                writer.descriptor(0, raw(gpa, len, 0, 0));
-            }
-        });
-        let mut outcome = Ok(());
-        for _ in 0..2000 {
-            hostile.offer(0);
-            hostile.kick();
-            outcome = outcome.and_then(|()| hostile.wait_used(PATIENCE));
+    for indirect in [false, true] {
+        let (guest, contents) = boot_split(&vmm)?;
+        let mut hostile = Hostile::new(&guest, Role::Inflate)?;
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let victim: Vec<u64> = (0xa00..0xb00).collect();
+        let writer = Hostile::new(&guest, Role::Inflate)?;
+        let descriptors = if indirect {
+            table() + 2 * PAGE_BYTES
+        } else {
+            writer.placement().desc
+        };
+        hostile.descriptor_at(descriptors, 0, raw(table(), 4, 0, 0));
+        if indirect {
+            hostile.descriptor(0, raw(descriptors, 16, DESC_F_INDIRECT, 0));
         }
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
-        outcome
-    })?;
-    assert_eq!(guest.device().state()?, State::Active);
-    let given = [&victim[..], &[table() / PAGE_BYTES]].concat();
-    // A descriptor of 4 GiB that was read with a good address has too many PFNs to be taken.
-    assert_only(&guest, &contents, &given);
-    assert!(low < high);
-    guest.settled_books()?;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut turn = 0u64;
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    turn += 1;
+                    let pfn = victim[(turn % 256) as usize] as u32;
+                    let wild = if turn.is_multiple_of(3) {
+                        u32::MAX
+                    } else {
+                        pfn
+                    };
+                    writer.write(table(), &wild.to_le_bytes());
+                    let gpa = if turn.is_multiple_of(5) {
+                        u64::MAX - 8
+                    } else {
+                        table()
+                    };
+                    let len = if turn.is_multiple_of(7) { u32::MAX } else { 4 };
+                    writer.descriptor_at(descriptors, 0, raw(gpa, len, 0, 0));
+                }
+            });
+            let mut outcome = Ok(());
+            for _ in 0..2000 {
+                hostile.offer(0);
+                hostile.kick();
+                outcome = outcome.and_then(|()| hostile.wait_used(PATIENCE));
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            outcome
+        })?;
+        assert_eq!(guest.device().state()?, State::Active);
+        // A descriptor of 4 GiB that was read with a good address has too many PFNs to be taken.
+        let own = [table() / PAGE_BYTES, descriptors / PAGE_BYTES];
+        assert_only(&guest, &contents, &[&victim[..], &own].concat());
+        let books = guest.settled_books()?;
+        assert!(books.balloon.discarded_bytes > 0 && books.chain_errors > 0);
+    }
     Ok(())
 }
 
@@ -573,6 +584,13 @@ fn overlapping_rings_hurt_nobody_else() -> Result<()> {
     eventually("it is served", PATIENCE, || {
         let requested = requested_bytes(&guest);
         (requested == PAGE_BYTES, requested)
+    });
+    // The queue whose used ring lies over the available one of the other: served, or broken.
+    Hostile::new(&guest, Role::Deflate)?.kick();
+    eventually("the other queue was looked at", PATIENCE, || {
+        let deflated = guest.books().map(|books| books.deflate_chains).unwrap_or(0);
+        let broken = matches!(guest.device().state(), Ok(State::NeedsReset));
+        (deflated > 0 || broken, (deflated, broken))
     });
     assert_only(&guest, &contents, &[page]);
     assert_only(&neighbour, &its_contents, &[its_page]);

@@ -1,6 +1,7 @@
 //! The life of a device: activation, reset, pause, inhibition, memory that comes and goes
 //! (requirements S1, S2, S3, S7, S11, A6; invariant I2).
 
+use aerostat::AEROSTAT_FEATURE_VERSION_1;
 use aerostat_tests::vmm::device::State;
 use aerostat_tests::vmm::driver::Role;
 use aerostat_tests::vmm::guest::queue_config;
@@ -76,8 +77,9 @@ fn a_kick_before_driver_ok_consumes_nothing_and_driver_ok_finds_what_was_not_kic
 #[test]
 fn features_are_negotiated_within_what_is_offered() -> Result<()> {
     let vmm = Vmm::new()?;
-    let guest = vmm.assemble(&GuestConfig::new(Backing::Anonymous, 8))?;
+    let mut guest = vmm.assemble(&GuestConfig::new(Backing::Anonymous, 8))?;
     let offered = guest.device().offered_features()?;
+    assert_ne!(offered & AEROSTAT_FEATURE_VERSION_1, 0);
     assert_errno(
         guest.device().set_features(offered | 1 << 60),
         libc::ENOTSUP,
@@ -89,8 +91,50 @@ fn features_are_negotiated_within_what_is_offered() -> Result<()> {
         guest.device().set_features(offered & !bit)?;
         guest.device().set_features(bit)?;
     }
+    let selected = guest.negotiate()?;
+    guest.start_driver()?;
     guest.device().reset()?;
-    guest.device().set_features(offered)?;
+    assert_eq!(guest.device().offered_features()?, offered);
+    assert_eq!(guest.negotiate()?, selected);
+    guest.start_driver()?;
+    assert_eq!(guest.device().state()?, State::Active);
+    Ok(())
+}
+
+/// A8: a driver that did not promise to tell uses a page again and tells later, or never: from the
+/// acknowledgement of its inflate on the page may be written to, and keeps what it is given.
+#[test]
+fn a_page_may_be_used_before_it_is_told() -> Result<()> {
+    let vmm = Vmm::new()?;
+    for backing in [MEMFD, Backing::Anonymous] {
+        let config = GuestConfig {
+            selected: AEROSTAT_FEATURE_VERSION_1,
+            ..GuestConfig::new(backing, 32)
+        };
+        let guest = vmm.boot(&config)?;
+        let pages: Vec<u64> = guest.driver().allocator.unused().take(1024).collect();
+        let every_other = |from: usize| pages.iter().skip(from).step_by(2).copied().collect();
+        let (even, odd): (Vec<u64>, Vec<u64>) = (every_other(0), every_other(1));
+        guest.driver().give(&even)?;
+        let used = WorkingSet::fill(guest.ram(), even.clone(), 7);
+        // What lies between them is freed, and nothing with it.
+        guest.driver().give(&odd)?;
+        guest.device().flush()?;
+        guest.assert_intact(&used);
+        guest.device().pause()?;
+        guest.device().resume()?;
+        guest.device().inhibit()?;
+        guest.device().uninhibit()?;
+        guest.assert_intact(&used);
+        guest.driver().take(&even)?;
+        guest.assert_intact(&used);
+        let books = guest.settled_books()?;
+        assert_eq!(
+            books.balloon.discarded_bytes,
+            pages.len() as u64 * PAGE_BYTES
+        );
+        assert_eq!(books.returned_bytes, even.len() as u64 * PAGE_BYTES);
+    }
     Ok(())
 }
 
@@ -138,18 +182,33 @@ fn reset_in_flight_leaves_a_device_that_works() -> Result<()> {
     let mut guest = vmm.boot(&GuestConfig::new(Backing::Anonymous, 32))?;
     let working_set = guest.fill_memory(500, 6)?;
     for round in 0..100 {
-        offer(&guest, Role::Inflate, 256)?;
+        let offered = offer(&guest, Role::Inflate, 256)?;
+        let ring = {
+            let mut driver = guest.driver();
+            let queue = driver.queue(Role::Inflate)?;
+            let placement = queue.placement();
+            // What the device writes of it.
+            if queue.is_packed() {
+                placement.desc
+            } else {
+                placement.used
+            }
+        } / PAGE_BYTES;
         for _ in 0..round * 40 {
             std::hint::spin_loop();
         }
         guest.device().reset()?;
-        let before = guest.ram().page_sum(0);
+        let before = guest.ram().page_sum(ring);
+        // The guest uses its pages again at once.
+        let used_again = WorkingSet::fill(guest.ram(), offered, round);
         guest.driver().queue(Role::Inflate)?.call.take();
         std::thread::yield_now();
         assert_eq!(guest.driver().queue(Role::Inflate)?.call.take(), 0);
-        assert_eq!(guest.ram().page_sum(0), before);
+        assert_eq!(guest.ram().page_sum(ring), before);
+        guest.assert_intact(&used_again);
         guest.start_driver()?;
         guest.books()?;
+        guest.assert_intact(&used_again);
     }
     guest.balloon_to(4 * MIB)?;
     guest.assert_intact(&working_set);
