@@ -83,7 +83,8 @@
  *
  * Errors. A function that returns int returns a negative errno value if it fails, and says why in
  * aerostat_last_error(). A call that failed changed nothing, unless its description says otherwise.
- * Each value has one meaning throughout:
+ * Each value has one meaning throughout, but in the answers for single ranges of
+ * aerostat_runtime_discard():
  *
  *   -EFAULT         a pointer is NULL that must not be
  *   -EMSGSIZE       the size of a structure is too small: is it set?
@@ -92,6 +93,7 @@
  *   -EEXIST         memory regions overlap
  *   -EADDRNOTAVAIL  an address or length is not aligned
  *   -ERANGE         an address is outside guest memory, or overflows
+ *   -EROFS          what has to be written to is in a read-only region
  *   -EBADF          a descriptor is closed, or of the wrong kind
  *   -ENOTSUP        a feature is not offered, not negotiated, not compiled in, or not the host's
  *   -EALREADY       the device or queue is started already, or a cgroup attached
@@ -475,7 +477,7 @@ struct aerostat_device;
 struct aerostat_memory;
 
 /**
- * The worker threads, and the thread that waits for kicks. One runtime serves many devices; a
+ * The worker threads, which also wait for kicks. One runtime serves many devices; a
  * process normally has one.
  */
 struct aerostat_runtime;
@@ -767,7 +769,10 @@ struct aerostat_flow {
     uint64_t reopened_bytes;
     /** Bytes that were taken back while they were pending or held. */
     uint64_t withdrawn_bytes;
-    /** Not discarded: aerostat_device_inhibit() was in force. */
+    /**
+     * Not discarded for the VMM's sake: aerostat_device_inhibit() was in force, or the rest of a long
+     * report was left because a call waited for the device to stand still.
+     */
     uint64_t skipped_inhibited_bytes;
     /** Not discarded: outside guest memory, in a hole, or in a read-only region. */
     uint64_t skipped_out_of_range_bytes;
@@ -775,7 +780,10 @@ struct aerostat_flow {
     uint64_t skipped_duplicate_bytes;
     /** Not discarded: the region is AEROSTAT_REGION_PINNED. */
     uint64_t skipped_pinned_bytes;
-    /** Not discarded: reported pages that cover a part of a huge frame only, or are poisoned. */
+    /**
+     * Not discarded: reported pages that cover a part of a huge frame only, or are poisoned; and pages
+     * of the balloon of a driver without MUST_TELL_HOST that do not come with the rest of their frame.
+     */
     uint64_t skipped_partial_bytes;
     /** Not discarded: the system call failed. */
     uint64_t skipped_failed_bytes;
@@ -1070,7 +1078,7 @@ int aerostat_runtime_workers(const struct aerostat_runtime *runtime);
  *
  * Returns: 0, or
  * -EINVAL (no region or more than 4096, an unknown flag, an empty region, a page size that is no
- * power of two, elements of different size),
+ * power of two, elements of different size, a node below -1),
  * -EFAULT (a pointer or an hva is NULL),
  * -EMSGSIZE, -E2BIG (a region's size),
  * -EADDRNOTAVAIL (an address, length or offset is not a multiple of the page size),
@@ -1329,7 +1337,7 @@ int aerostat_device_write_config(struct aerostat_device *device,
  * and 2.8 packed virtqueues).
  *
  * Returns: 0, or
- * -ENOENT (index is 5 or more),
+ * -ENOENT (the kind of device has no such queue),
  * -EALREADY (the queue is started),
  * -EINVAL (an unknown flag, a queue_size that is not allowed, or a position outside the ring),
  * -EADDRNOTAVAIL (an address is not aligned),
@@ -1354,8 +1362,8 @@ int aerostat_device_start_queue(struct aerostat_device *device,
  * started again there, by this process or another one. A held stats buffer goes back into its ring;
  * elements that were not served complete with AEROSTAT_COMPLETION_UNSERVED.
  *
- * Returns: 0 and the position in *out (zeros for an element queue), or -ENOENT (index is 5 or more,
- * or the queue is not started), -EMSGSIZE or -EFAULT (out; device is NULL).
+ * Returns: 0 and the position in *out (zeros for an element queue), or -ENOENT (the kind of device
+ * has no such queue, or it is not started), -EMSGSIZE or -EFAULT (out; device is NULL).
  *
  * Threads: any; may wait for milliseconds.
  */
@@ -1367,8 +1375,8 @@ int aerostat_device_stop_queue(struct aerostat_device *device,
  * Replaces the eventfd that interrupts are signalled on, while the queue runs. The new one is
  * signalled once, in case that the old one swallowed an interrupt.
  *
- * Returns: 0, or -ENOENT (index is 5 or more, or no ring is started there), -EBADF (call_fd is
- * neither -1 nor an open eventfd), -EFAULT (device is NULL).
+ * Returns: 0, or -ENOENT (the kind of device has no such queue, or no ring is started there),
+ * -EBADF (call_fd is neither -1 nor an open eventfd), -EFAULT (device is NULL).
  *
  * Lifetime: call_fd is duplicated.
  *

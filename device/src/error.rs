@@ -131,11 +131,11 @@ pub enum Error {
         offset: usize,
     },
     /// A saved state in a version of the format that is not known (`EPROTONOSUPPORT`).
-    #[error("the saved state has version {found}; this library reads version {known}")]
+    #[error("the saved state has version {found}; this library reads versions up to {known}")]
     SavedVersion {
         /// The state's version.
         found: u32,
-        /// What this library reads and writes.
+        /// The newest that this library reads and writes.
         known: u32,
     },
     /// The operating system refused something (its own errno).

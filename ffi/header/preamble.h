@@ -83,7 +83,8 @@
  *
  * Errors. A function that returns int returns a negative errno value if it fails, and says why in
  * aerostat_last_error(). A call that failed changed nothing, unless its description says otherwise.
- * Each value has one meaning throughout:
+ * Each value has one meaning throughout, but in the answers for single ranges of
+ * aerostat_runtime_discard():
  *
  *   -EFAULT         a pointer is NULL that must not be
  *   -EMSGSIZE       the size of a structure is too small: is it set?
@@ -92,6 +93,7 @@
  *   -EEXIST         memory regions overlap
  *   -EADDRNOTAVAIL  an address or length is not aligned
  *   -ERANGE         an address is outside guest memory, or overflows
+ *   -EROFS          what has to be written to is in a read-only region
  *   -EBADF          a descriptor is closed, or of the wrong kind
  *   -ENOTSUP        a feature is not offered, not negotiated, not compiled in, or not the host's
  *   -EALREADY       the device or queue is started already, or a cgroup attached

@@ -26,7 +26,8 @@ pub struct aerostat_flow {
     pub reopened_bytes: u64,
     /// Bytes that were taken back while they were pending or held.
     pub withdrawn_bytes: u64,
-    /// Not discarded: aerostat_device_inhibit() was in force.
+    /// Not discarded for the VMM's sake: aerostat_device_inhibit() was in force, or the rest of a long
+    /// report was left because a call waited for the device to stand still.
     pub skipped_inhibited_bytes: u64,
     /// Not discarded: outside guest memory, in a hole, or in a read-only region.
     pub skipped_out_of_range_bytes: u64,
@@ -34,7 +35,8 @@ pub struct aerostat_flow {
     pub skipped_duplicate_bytes: u64,
     /// Not discarded: the region is AEROSTAT_REGION_PINNED.
     pub skipped_pinned_bytes: u64,
-    /// Not discarded: reported pages that cover a part of a huge frame only, or are poisoned.
+    /// Not discarded: reported pages that cover a part of a huge frame only, or are poisoned; and pages
+    /// of the balloon of a driver without MUST_TELL_HOST that do not come with the rest of their frame.
     pub skipped_partial_bytes: u64,
     /// Not discarded: the system call failed.
     pub skipped_failed_bytes: u64,

@@ -104,7 +104,7 @@ const _: () = assert!(size_of::<aerostat_memory_region>() == 64, "a 64-bit layou
 ///
 /// Returns: 0, or
 /// -EINVAL (no region or more than 4096, an unknown flag, an empty region, a page size that is no
-/// power of two, elements of different size),
+/// power of two, elements of different size, a node below -1),
 /// -EFAULT (a pointer or an hva is NULL),
 /// -EMSGSIZE, -E2BIG (a region's size),
 /// -EADDRNOTAVAIL (an address, length or offset is not a multiple of the page size),

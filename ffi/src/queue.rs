@@ -99,7 +99,7 @@ const _: () = assert!(size_of::<aerostat_queue_position>() == 32);
 /// and 2.8 packed virtqueues).
 ///
 /// Returns: 0, or
-/// -ENOENT (index is 5 or more),
+/// -ENOENT (the kind of device has no such queue),
 /// -EALREADY (the queue is started),
 /// -EINVAL (an unknown flag, a queue_size that is not allowed, or a position outside the ring),
 /// -EADDRNOTAVAIL (an address is not aligned),
@@ -151,8 +151,8 @@ pub unsafe extern "C" fn aerostat_device_start_queue(
 /// started again there, by this process or another one. A held stats buffer goes back into its ring;
 /// elements that were not served complete with AEROSTAT_COMPLETION_UNSERVED.
 ///
-/// Returns: 0 and the position in *out (zeros for an element queue), or -ENOENT (index is 5 or more,
-/// or the queue is not started), -EMSGSIZE or -EFAULT (out; device is NULL).
+/// Returns: 0 and the position in *out (zeros for an element queue), or -ENOENT (the kind of device
+/// has no such queue, or it is not started), -EMSGSIZE or -EFAULT (out; device is NULL).
 ///
 /// Threads: any; may wait for milliseconds.
 #[unsafe(no_mangle)]
@@ -175,8 +175,8 @@ pub unsafe extern "C" fn aerostat_device_stop_queue(
 /// Replaces the eventfd that interrupts are signalled on, while the queue runs. The new one is
 /// signalled once, in case that the old one swallowed an interrupt.
 ///
-/// Returns: 0, or -ENOENT (index is 5 or more, or no ring is started there), -EBADF (call_fd is
-/// neither -1 nor an open eventfd), -EFAULT (device is NULL).
+/// Returns: 0, or -ENOENT (the kind of device has no such queue, or no ring is started there),
+/// -EBADF (call_fd is neither -1 nor an open eventfd), -EFAULT (device is NULL).
 ///
 /// Lifetime: call_fd is duplicated.
 ///

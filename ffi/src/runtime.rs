@@ -8,7 +8,7 @@ use ::aerostat_device::{Runtime, RuntimeConfig};
 use std::ffi::c_int;
 use std::sync::Arc;
 
-/// The worker threads, and the thread that waits for kicks. One runtime serves many devices; a
+/// The worker threads, which also wait for kicks. One runtime serves many devices; a
 /// process normally has one.
 #[derive(Debug)]
 pub struct aerostat_runtime {

@@ -1,6 +1,7 @@
 //! Faults of the host while memory is discarded: no page is lost, none is discarded twice or when it is the
 //! guest's, and the books balance (invariants I1, I2, I4).
 
+use aerostat::{AEROSTAT_DEFLATE_PREFAULT, AEROSTAT_DEFLATE_REBUILD};
 use aerostat_tests::vmm::driver::Role;
 use aerostat_tests::vmm::eventfd::EventFd;
 use aerostat_tests::vmm::faults::{Call, Faults, Verdict, with_faults};
@@ -201,6 +202,42 @@ fn one_range_that_fails_keeps_no_other_from_being_freed() -> Result<()> {
                 freed * 5 >= given * 4 - 5 * PAGE_BYTES,
                 "{freed} of {given}"
             );
+        }
+        Ok(())
+    })
+}
+
+/// What is done for a guest that takes memory back is best effort: where the host has no memory, or does not know
+/// how, the deflate is acknowledged all the same, and the guest's own faults see to it.
+#[test]
+fn a_deflate_whose_memory_cannot_be_had_at_once_is_acknowledged() -> Result<()> {
+    with_faults(|faults| {
+        let vmm = Vmm::new()?;
+        for errno in [libc::ENOMEM, libc::EFAULT, libc::EAGAIN, libc::EINVAL] {
+            let (guest, contents) = boot(&vmm, Backing::Anonymous, 0)?;
+            let pages = contents.pfns()[..1024].to_vec();
+            let given = pages.len() as u64 * PAGE_BYTES;
+            guest.driver().give(&pages)?;
+            assert_eq!(guest.settled_books()?.balloon.discarded_bytes, given);
+
+            let all = AEROSTAT_DEFLATE_PREFAULT | AEROSTAT_DEFLATE_REBUILD;
+            guest.device().set_deflate(all)?;
+            faults.judge(move |call| match call {
+                Call::Restore(..) => Verdict::Fail(errno),
+                _ => Verdict::Allow,
+            });
+            guest.driver().take(&pages)?;
+            let made = faults.made();
+            assert!(
+                made.iter()
+                    .all(|(call, _)| matches!(call, Call::Restore(..)))
+            );
+            assert!(made.len() >= 2, "one for each option at least: {made:?}");
+            assert_eq!(guest.books()?.returned_bytes, given);
+            assert_eq!(guest.device().query()?.ballooned_bytes, 0);
+            let used_again = WorkingSet::fill(guest.ram(), pages, 5);
+            guest.assert_intact(&used_again);
+            faults.none();
         }
         Ok(())
     })

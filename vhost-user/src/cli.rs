@@ -68,7 +68,7 @@ pub(crate) struct Arguments {
     pub(crate) socket_mode: u32,
 
     /// Worker threads for each host node; 0 chooses by the number of processors.
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=256))]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=64))]
     pub(crate) workers: u32,
 
     /// Which device to be; the front-end has to present it under the same device ID.

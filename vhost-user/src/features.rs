@@ -1,6 +1,6 @@
 //! Feature bits by name, for the command line and for the control socket.
 //!
-//! Specification: virtio 1.2, "Traditional Memory Balloon Device", "Feature bits", and "Reserved
+//! Specification: virtio 1.4, "Traditional Memory Balloon Device", "Feature bits", and "Reserved
 //! Feature Bits".
 
 use aerostat_device::DeviceKind;

@@ -12,7 +12,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::io;
 use std::os::fd::OwnedFd;
 
-/// The most entries of a ring (virtio 1.2, "Split Virtqueues", "Packed Virtqueues").
+/// The most entries of a ring (virtio 1.4, "Split Virtqueues", "Packed Virtqueues").
 const MAX_ENTRIES: u32 = 32768;
 /// Where a new packed ring starts: slot 0 of the lap whose wrap counter is 1, twice.
 const PACKED_START: u32 = 0x8000_8000;

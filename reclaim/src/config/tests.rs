@@ -150,3 +150,15 @@ fn a_missing_file_is_named() {
         .to_string();
     assert!(shown.starts_with("/no/such.toml: "), "{shown}");
 }
+
+/// What can be set is on the page that is said to have all of it.
+#[test]
+fn every_key_of_the_policy_is_on_the_operators_page() {
+    let page = include_str!("../../../docs/operations.md");
+    let defaults = serde_json::to_value(PolicyConfig::default()).unwrap();
+    let keys = defaults.as_object().unwrap().keys();
+    let missing: Vec<_> = keys
+        .filter(|key| !page.contains(&format!("`{key}`")))
+        .collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}

@@ -9,8 +9,8 @@ use aerostat_device::{Counters, Device, DeviceState, Flow};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// An answer has a bit for each of at most 8192 pages.
-const MAX_ANSWER_BYTES: u64 = 1024;
+/// An answer has a bit for each of at most 1024 pages.
+const MAX_ANSWER_BYTES: u64 = 128;
 
 /// What the VMM and the driver have said that matters for what may be discarded and written.
 #[derive(Clone, Copy, Debug, Default)]

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 /// The longest that a call is held up: a test that failed meanwhile has to end too.
 const MAX_HOLD: Duration = Duration::from_secs(30);
 
-/// A system call that would free memory.
+/// A system call that would free memory, or have it back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Call {
     /// Addresses and lengths of a vectored call.
@@ -29,6 +29,8 @@ pub enum Call {
     Madvise(u64, u64),
     /// An offset in a file and a length.
     PunchHole(u64, u64),
+    /// An address and a length that the guest is going to use again.
+    Restore(u64, u64),
 }
 
 impl Call {
@@ -38,6 +40,7 @@ impl Call {
         match self {
             Self::ProcessMadvise(ranges) => ranges.iter().map(|(_, len)| len).sum(),
             Self::Madvise(_, len) | Self::PunchHole(_, len) => *len,
+            Self::Restore(..) => 0,
         }
     }
 }
@@ -177,6 +180,9 @@ const RESPONSE_CONTINUE: u32 = 1;
 /// The advice that frees memory, as the kernel is given it.
 const DONTNEED: u64 = libc::MADV_DONTNEED.cast_unsigned() as u64;
 const REMOVE: u64 = libc::MADV_REMOVE.cast_unsigned() as u64;
+/// The advice that has memory back, all at once or in huge frames.
+const POPULATE_WRITE: u64 = libc::MADV_POPULATE_WRITE.cast_unsigned() as u64;
+const COLLAPSE: u64 = libc::MADV_COLLAPSE.cast_unsigned() as u64;
 
 /// Has the calls that free memory asked about, and returns where.
 fn filter_this_thread() -> Result<OwnedFd> {
@@ -299,6 +305,9 @@ fn call_of(data: &Data) -> Option<Call> {
         }
         libc::SYS_madvise if third == DONTNEED || third == REMOVE => {
             Some(Call::Madvise(first, second))
+        }
+        libc::SYS_madvise if third == POPULATE_WRITE || third == COLLAPSE => {
+            Some(Call::Restore(first, second))
         }
         libc::SYS_fallocate => Some(Call::PunchHole(third, fourth)),
         _ => None,

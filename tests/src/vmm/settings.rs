@@ -7,7 +7,8 @@ use super::error::Result;
 use aerostat::{AEROSTAT_FEATURE_IN_ORDER, AEROSTAT_FEATURE_RING_PACKED};
 use std::sync::OnceLock;
 
-/// The bytes and the milliseconds that the header recommends for stock guests.
+/// The bytes and the milliseconds of the window: a quarter of what the header recommends, since the guests of
+/// the suites are small and are to fill it.
 const WINDOW: (u64, u32) = (32 << 20, 10);
 const VARIABLE: &str = "AEROSTAT_TEST_SETTINGS";
 

@@ -33,7 +33,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-/// `DRIVER_OK` and `DEVICE_NEEDS_RESET` (virtio 1.2, "Device Status Field").
+/// `DRIVER_OK` and `DEVICE_NEEDS_RESET` (virtio 1.4, "Device Status Field").
 const STATUS_DRIVER_OK: u8 = 4;
 const STATUS_NEEDS_RESET: u8 = 64;
 
