@@ -18,6 +18,7 @@ use aerostat::{
 };
 use aerostat_tests::vmm::allocator::mix;
 use aerostat_tests::vmm::driver::Role;
+use aerostat_tests::vmm::guest::queue_config;
 use aerostat_tests::vmm::mapping::Backing;
 use aerostat_tests::vmm::ram::RegionSpec;
 use aerostat_tests::vmm::vring::Piece;
@@ -188,11 +189,31 @@ fn step(random: &mut Random, guest: &mut Guest, model: &mut Model, first: u64) -
         24..=27 if guest.config().offered & AEROSTAT_FEATURE_FREE_PAGE_HINT != 0 => {
             hints::step(random, guest, model, first)?
         }
+        28 => {
+            let role = [Role::Inflate, Role::Deflate, Role::Reporting][random.below(3) as usize];
+            stop_and_start(guest, role)?;
+            model.flush();
+            format!("stop and start {role:?}")
+        }
+        29 if model.waits => {
+            guest.device().set_write_behind(1 << 40, 3_600_000)?;
+            model.flush();
+            "write-behind".to_owned()
+        }
         _ => {
             write(random, guest, model, first);
             "write".to_owned()
         }
     })
+}
+
+/// A queue stops, and goes on where it was.
+fn stop_and_start(guest: &Guest, role: Role) -> Result<()> {
+    let index = guest.index_of(role)?;
+    let mut config = queue_config(guest.driver().queue(role)?, guest.config().elements);
+    let position = guest.device().stop_queue(index)?;
+    (config.next_avail, config.next_used) = (position.next_avail, position.next_used);
+    guest.device().start_queue(index, &config)
 }
 
 /// The guest reports pages as free, which stay its own.
@@ -312,8 +333,10 @@ fn random_sequences_agree_with_the_model() -> Result<()> {
             let what = step(&mut random, &mut guest, &mut model, first)?;
             model.check(&guest, &what)?;
             let region = model.regions[random.below(model.regions.len() as u64) as usize];
-            let start = (region.gpa / PAGE_BYTES + random.below(64)).max(first);
-            model.check_pages(&guest, start..start + 16, &what);
+            let end = (region.gpa + region.len_bytes) / PAGE_BYTES;
+            let start = region.gpa / PAGE_BYTES + random.below(region.len_bytes / PAGE_BYTES);
+            let start = start.max(first);
+            model.check_pages(&guest, start..(start + 64).min(end), &what);
             steps += 1;
         }
         let all = guest.ram().pfns().filter(|pfn| *pfn >= first);
