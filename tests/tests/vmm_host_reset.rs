@@ -339,6 +339,34 @@ fn pages_are_the_guests_from_the_moment_of_the_reset() -> Result<()> {
     })
 }
 
+/// Reporting and statistics go on as if nothing had happened.
+#[test]
+fn reports_and_statistics_go_on_while_a_reset_is_pending() -> Result<()> {
+    let vmm = Vmm::new()?;
+    all_ways(|config| {
+        let guest = vmm.boot(config)?;
+        guest.balloon_to(4 * MIB)?;
+        guest.device().reset_balloon()?;
+        let before = guest.books()?.report.discarded_bytes;
+        let reported = guest.driver().report_unused(256)?;
+        assert!(reported > 0);
+        let after = guest.settled_books()?.report.discarded_bytes;
+        assert_eq!(after - before, reported);
+
+        guest.driver().set_stats(&[(4, 4711)]);
+        let deadline = Instant::now() + PATIENCE;
+        while guest.device().guest_stats(0)?.values[4] != 4711 {
+            assert!(Instant::now() < deadline, "no statistics");
+            // Nobody answers while this thread waits; the request is out all the same.
+            let _ = guest.device().guest_stats(1);
+            guest.driver().answer_stats()?;
+        }
+        let (id, ack) = guest.driver().reset_fields()?;
+        assert_ne!(id, ack, "still pending");
+        Ok(())
+    })
+}
+
 #[test]
 fn a_wrong_acknowledgement_leaves_the_reset_pending() -> Result<()> {
     all_ways(|config| {

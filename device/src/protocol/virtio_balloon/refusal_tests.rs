@@ -25,11 +25,14 @@ const ANSWER: u64 = 0x4000;
 /// The first page that is given; 64 pages are writable, and as many behind them read-only.
 const FIRST: u64 = 16;
 const READONLY: u64 = 64;
+/// Where memory ends.
+const END: u64 = 2 * READONLY * BALLOON_PAGE_BYTES;
 const PATTERN: u8 = 0xa5;
 
 /// One buffer: a list, and room for the answer.
 struct Buffer {
     pages: Vec<u64>,
+    list: u64,
     /// Length of the list in bytes, if it is not that of the pages.
     list_bytes: u32,
     answer: (u64, u32),
@@ -39,6 +42,7 @@ struct Buffer {
 fn buffer(pages: impl IntoIterator<Item = u64>) -> Buffer {
     let pages: Vec<u64> = pages.into_iter().collect();
     Buffer {
+        list: LIST,
         list_bytes: pages.len() as u32 * 4,
         answer: (ANSWER, pages.len().div_ceil(8) as u32),
         pages,
@@ -96,7 +100,9 @@ impl Bench {
             .iter()
             .flat_map(|page| (*page as u32).to_le_bytes())
             .collect();
-        self.put(LIST, &list);
+        for (number, at) in list.chunks(4).zip((buffer.list..END).step_by(4)) {
+            self.put(at, number);
+        }
         let descriptor = |at: u64, gpa: u64, len: u32, tail: [u16; 2]| {
             self.put(DESC + 16 * at, &gpa.to_le_bytes());
             self.put(DESC + 16 * at + 8, &len.to_le_bytes());
@@ -107,10 +113,10 @@ impl Bench {
         let (answer, room) = buffer.answer;
         if packed {
             // Id before flags, unlike in a split ring.
-            descriptor(0, LIST, buffer.list_bytes, [0, next | avail]);
+            descriptor(0, buffer.list, buffer.list_bytes, [0, next | avail]);
             descriptor(1, answer, room, [5, write | avail]);
         } else {
-            descriptor(0, LIST, buffer.list_bytes, [next, 1]);
+            descriptor(0, buffer.list, buffer.list_bytes, [next, 1]);
             descriptor(1, answer, room, [write, 0]);
             self.put(AVAIL, &[0, 0, 1, 0, 0, 0]);
             self.put(USED, &[0; 4]);
@@ -235,6 +241,12 @@ fn content_errors_take_nothing_and_refuse_all_that_there_is_room_for() {
                 [0xee; 3],
             ),
             (Box::new(|buffer| buffer.answer.0 = 1 << 40), 0, [0xee; 3]),
+            // Ten numbers in memory, and ten behind it.
+            (
+                Box::new(|buffer| buffer.list = END - 40),
+                3,
+                [0xff, 0xff, 0xf],
+            ),
         ] {
             let mut bench = Bench::new(100);
             bench.put(ANSWER, &[0xee; 3]);
@@ -247,6 +259,26 @@ fn content_errors_take_nothing_and_refuse_all_that_there_is_room_for() {
             assert_eq!(books.balloon.requested_bytes, 0);
             assert!((FIRST..READONLY).all(|page| bench.is_untouched(page)));
         }
+    });
+}
+
+#[test]
+fn unusual_places_are_no_error_and_an_empty_list_is_acknowledged() {
+    both_layouts(|packed| {
+        let mut bench = Bench::new(100);
+        bench.put(ANSWER, &[0xee; 3]);
+        // Numbers that lie in two regions, and more room than they need.
+        let mut odd = buffer(FIRST..FIRST + 20);
+        odd.list = READONLY * BALLOON_PAGE_BYTES - 40;
+        odd.answer.1 = 100;
+        assert_eq!(bench.serve(packed, &odd), 0);
+        assert_eq!(bench.get::<3>(ANSWER), [0xee; 3]);
+        assert_eq!(bench.ballooned_pages(), 20);
+        let books = bench.books();
+        assert_eq!((books.chain_errors, books.inflate_chains), (0, 1));
+        assert_eq!(bench.serve(packed, &buffer([])), 0, "an empty list");
+        let books = bench.books();
+        assert_eq!((books.chain_errors, books.inflate_chains), (1, 2));
     });
 }
 
