@@ -36,6 +36,9 @@ type Buffer = (u64, u32, bool);
 #[derive(Clone, Debug)]
 struct Case {
     negotiated: bool,
+    /// Where the ring goes on.
+    start: u16,
+    /// The available index.
     index: u16,
     heads: Vec<u16>,
     direct: Vec<Entry>,
@@ -67,14 +70,16 @@ fn case() -> impl Strategy<Value = Case> {
     let table = || prop::collection::vec(entry(16), 16);
     (
         any::<bool>(),
+        prop_oneof![Just(0), any::<u16>()],
         prop_oneof![9 => 0..=SIZE, 1 => any::<u16>()],
         prop::collection::vec(number(SIZE), usize::from(SIZE)),
         prop::collection::vec(entry(SIZE), usize::from(SIZE)),
         [table(), table()],
     )
-        .prop_map(|(negotiated, index, heads, direct, tables)| Case {
+        .prop_map(|(negotiated, start, ahead, heads, direct, tables)| Case {
             negotiated,
-            index,
+            start,
+            index: start.wrapping_add(ahead),
             heads,
             direct,
             tables,
@@ -100,15 +105,16 @@ impl Case {
             }
         }
         put(AVAIL + 2, &self.index.to_le_bytes());
-        for (slot, head) in (0..).zip(&self.heads) {
-            put(AVAIL + 4 + 2 * slot, &head.to_le_bytes());
+        for (number, head) in (0..).zip(&self.heads) {
+            let slot = self.start.wrapping_add(number) % SIZE;
+            put(AVAIL + 4 + 2 * u64::from(slot), &head.to_le_bytes());
         }
         memory
     }
 }
 
 /// What the other crate makes of it: its chains, or that the available index is wrong.
-fn theirs(memory: &GuestMemoryMmap) -> Option<Vec<Vec<TheirDescriptor>>> {
+fn theirs(memory: &GuestMemoryMmap, start: u16) -> Option<Vec<Vec<TheirDescriptor>>> {
     let mut queue = Queue::new(SIZE).unwrap();
     queue.set_size(SIZE);
     let low = |gpa: u64| Some(gpa as u32);
@@ -116,6 +122,8 @@ fn theirs(memory: &GuestMemoryMmap) -> Option<Vec<Vec<TheirDescriptor>>> {
     queue.set_avail_ring_address(low(AVAIL), Some(0));
     queue.set_used_ring_address(low(USED), Some(0));
     queue.set_ready(true);
+    queue.set_next_avail(start);
+    queue.set_next_used(start);
     assert!(queue.is_valid(memory));
     Some(queue.iter(memory).ok()?.map(Iterator::collect).collect())
 }
@@ -174,12 +182,18 @@ fn compare(case: &Case) {
         ..RingFeatures::default()
     };
     let places = [DESC, AVAIL, USED].map(Gpa);
-    let start = QueuePosition::SPLIT_START;
+    let start = QueuePosition {
+        next_avail: case.start,
+        next_used: case.start,
+    };
     let mut ours = SplitRing::new(&table, SIZE, places, start, features).unwrap();
     let mut chain = Chain::default();
-    let Some(theirs) = theirs(&memory) else {
+    let Some(theirs) = theirs(&memory, case.start) else {
         let refused = ours.pop(&table, &mut chain).unwrap_err();
-        assert_eq!(refused, RingError::AvailableIndexJumped(case.index));
+        assert_eq!(
+            refused,
+            RingError::AvailableIndexJumped(case.index.wrapping_sub(case.start))
+        );
         return;
     };
     for (their, head) in theirs.iter().zip(&case.heads) {
