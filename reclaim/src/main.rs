@@ -36,6 +36,8 @@ Examples:
   aerostatd get web actual-bytes                           one value, for scripts
   aerostatd simulate offset-peaks                          try a policy in virtual time
 
+AEROSTAT_LOG=warn, info (the default), debug chooses how much is logged, to stderr.
+
 Targets are the size of the balloon, not of the guest. A first configuration:
 
   [[vm]]

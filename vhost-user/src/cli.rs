@@ -75,8 +75,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "DEVICE", value_enum, default_value_t)]
     pub(crate) device: Protocol,
 
-    /// What to offer to guests, separated by commas: default, none, or names such as stats-vq. A
-    /// memballoon offers all page sizes.
+    /// What to offer to guests, separated by commas: default, none, must-tell-host, stats-vq,
+    /// deflate-on-oom, free-page-hint, page-poison, page-reporting, ring-packed, in-order, page-refusal,
+    /// host-reset. The default is what cannot undo what the host decided and needs nothing of the VMM:
+    /// must-tell-host, stats-vq, page-poison, page-reporting. A memballoon offers all page sizes.
     #[arg(long, value_name = "LIST", default_value = "default", value_parser = features::parse)]
     pub(crate) features: u64,
 

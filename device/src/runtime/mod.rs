@@ -152,12 +152,6 @@ impl Runtime {
         self.pool.workers()
     }
 
-    /// Whether private memory is discarded by vectored calls on this host.
-    #[must_use]
-    pub fn has_vectored_discard(&self) -> bool {
-        self.capabilities.process_madvise.is_some()
-    }
-
     /// Discards ranges of guest addresses and lengths in bytes, for a VMM that has rings and a balloon of its
     /// own; see [`Discarder::discard_ranges`]. No device's books know of it.
     pub fn discard_ranges(

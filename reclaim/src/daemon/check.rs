@@ -1,10 +1,6 @@
 //! `aerostatd check`: what this host can and cannot do, and how to fix it. Nothing is changed.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fmt, path::Path, time::Duration};
 
 use crate::{
     cgroup::{Cgroup, HOST_PRESSURE, PressureTrigger},
@@ -58,7 +54,7 @@ impl fmt::Display for Finding {
 /// Looks at the host, and at every VM that is configured.
 #[must_use]
 pub fn check(config: &Config) -> Vec<Finding> {
-    let mut findings = vec![memory(Path::new("/")), pressure(config)];
+    let mut findings = vec![memory(Path::new("/")), pressure()];
     findings.push(trigger(config));
     findings.extend(cgroup(config));
     findings.extend(vms(config));
@@ -89,7 +85,7 @@ fn memory(root: &Path) -> Finding {
     }
 }
 
-fn pressure(_: &Config) -> Finding {
+fn pressure() -> Finding {
     match HostFiles::new(Path::new("/"))
         .sample()
         .map(|host| host.pressure)
@@ -216,10 +212,4 @@ fn vms(config: &Config) -> Vec<Finding> {
             }
         })
         .collect()
-}
-
-/// The path of a configuration that is there, of those that are looked for.
-#[must_use]
-pub fn default_config() -> PathBuf {
-    PathBuf::from("/etc/aerostat/aerostatd.toml")
 }

@@ -92,12 +92,6 @@ impl Qemu {
         })
     }
 
-    /// The balloon's path in QEMU's object tree.
-    #[must_use]
-    pub fn balloon_path(&self) -> &str {
-        &self.balloon
-    }
-
     /// The next change of the balloon; `None` if none came in time.
     ///
     /// # Errors

@@ -220,12 +220,6 @@ impl Machine {
         &self.config
     }
 
-    /// The process.
-    #[must_use]
-    pub fn process_id(&self) -> u32 {
-        self.process.id()
-    }
-
     /// What QEMU and the guest's kernel said.
     #[must_use]
     pub fn log(&self) -> String {
