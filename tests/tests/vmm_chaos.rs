@@ -97,8 +97,6 @@ fn live(guest: &mut Guest, seed: u64, end: Instant) -> Result<u64> {
         guest.assert_intact(&working_set);
         guest.restart_driver()?;
     }
-    // Some of it came while discarding was inhibited, and was told so.
-    assert!(guest.books()?.balloon.skipped_inhibited_bytes > 0);
     Ok(done)
 }
 
@@ -125,6 +123,13 @@ fn nothing_that_a_vmm_does_under_load_is_lost() -> Result<()> {
             let done = thread.join().expect("the guest's thread lives")?;
             assert!(done > 0);
         }
-        Ok(())
-    })
+        Result::Ok(())
+    })?;
+    // Some of it came while discarding was inhibited, and was told so.
+    let skipped = guests.iter().map(|guest| {
+        let books = guest.books()?;
+        Ok(books.balloon.skipped_inhibited_bytes + books.report.skipped_inhibited_bytes)
+    });
+    assert!(skipped.sum::<Result<u64>>()? > 0);
+    Ok(())
 }
