@@ -443,15 +443,15 @@ impl Balloon {
         self.memory.regions().iter().any(|region| region.pinned)
     }
 
-    /// Discards `pieces`, all entered as pending, unless they are not to be, and enters what became of
-    /// them.
-    fn discard(&self, pieces: &[Piece], account: Account, books: &Books) {
+    /// Discards `bridged`, which is `pieces` and may be gaps of free pages between them; if some of `pieces` are not
+    /// to be discarded, the others alone. Enters what became of `pieces`, all of which were pending.
+    fn discard(&self, pieces: &[Piece], bridged: &[Piece], account: Account, books: &Books) {
         let regions = self.memory.regions();
         let pinned = |piece: &Piece| regions.get(piece.region).is_some_and(|r| r.pinned);
         let skipped = |piece: &Piece| self.inhibited || pinned(piece);
         if !self.inhibited && !self.has_pinned() {
             let (memory, discarder) = (&self.memory, &self.discarder);
-            return carry_out(memory, discarder, pieces, pieces, account, books);
+            return carry_out(memory, discarder, pieces, bridged, account, books);
         }
         let free: Vec<_> = pieces
             .iter()

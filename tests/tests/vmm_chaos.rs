@@ -7,7 +7,7 @@ use aerostat_tests::vmm::allocator::mix;
 use aerostat_tests::vmm::books::assert_balanced;
 use aerostat_tests::vmm::device::Device;
 use aerostat_tests::vmm::driver::Role;
-use aerostat_tests::vmm::guest::queue_config;
+use aerostat_tests::vmm::guest::{queue_config, resumed};
 use aerostat_tests::vmm::mapping::Backing;
 use aerostat_tests::vmm::ram::GuestRam;
 use aerostat_tests::vmm::{Guest, GuestConfig, MIB, Result, Vmm};
@@ -63,9 +63,7 @@ fn disturb(
             };
             let position = device.stop_queue(*index)?;
             wait();
-            let mut config = *config;
-            (config.next_avail, config.next_used) = (position.next_avail, position.next_used);
-            device.start_queue(*index, &config)
+            device.start_queue(*index, &resumed(config, &position))
         }
         5 => match queues.first() {
             Some((index, config)) => device.set_queue_call(*index, config.call_fd),

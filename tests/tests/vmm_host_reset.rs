@@ -353,14 +353,7 @@ fn reports_and_statistics_go_on_while_a_reset_is_pending() -> Result<()> {
         let after = guest.settled_books()?.report.discarded_bytes;
         assert_eq!(after - before, reported);
 
-        guest.driver().set_stats(&[(4, 4711)]);
-        let deadline = Instant::now() + PATIENCE;
-        while guest.device().guest_stats(0)?.values[4] != 4711 {
-            assert!(Instant::now() < deadline, "no statistics");
-            // Nobody answers while this thread waits; the request is out all the same.
-            let _ = guest.device().guest_stats(1);
-            guest.driver().answer_stats()?;
-        }
+        guest.tell_statistics(4711, PATIENCE)?;
         let (id, ack) = guest.driver().reset_fields()?;
         assert_ne!(id, ack, "still pending");
         Ok(())

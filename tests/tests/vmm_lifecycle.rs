@@ -4,7 +4,7 @@
 use aerostat::AEROSTAT_FEATURE_VERSION_1;
 use aerostat_tests::vmm::device::State;
 use aerostat_tests::vmm::driver::Role;
-use aerostat_tests::vmm::guest::queue_config;
+use aerostat_tests::vmm::guest::{queue_config, resumed};
 use aerostat_tests::vmm::mapping::Backing;
 use aerostat_tests::vmm::ram::RegionSpec;
 use aerostat_tests::vmm::working_set::WorkingSet;
@@ -421,15 +421,16 @@ fn a_queue_that_is_stopped_goes_on_where_it_was() -> Result<()> {
     guest.balloon_to(2 * MIB)?;
     for role in [Role::Inflate, Role::Deflate, Role::Stats] {
         let index = guest.index_of(role)?;
-        let mut config = {
+        let config = {
             let mut driver = guest.driver();
             queue_config(driver.queue(role)?, false)
         };
         assert_errno(guest.device().start_queue(index, &config), libc::EALREADY);
         let position = guest.device().stop_queue(index)?;
         assert_errno(guest.device().stop_queue(index), libc::ENOENT);
-        (config.next_avail, config.next_used) = (position.next_avail, position.next_used);
-        guest.device().start_queue(index, &config)?;
+        guest
+            .device()
+            .start_queue(index, &resumed(&config, &position))?;
     }
     guest.balloon_to(MIB)?;
     guest.balloon_to(3 * MIB)?;

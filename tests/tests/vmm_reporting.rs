@@ -2,7 +2,7 @@
 
 use aerostat::{AEROSTAT_FEATURE_PAGE_POISON, AEROSTAT_FEATURE_STATS_VQ};
 use aerostat_tests::vmm::driver::{CONFIG_POISON, Role};
-use aerostat_tests::vmm::guest::queue_config;
+use aerostat_tests::vmm::guest::{queue_config, resumed};
 use aerostat_tests::vmm::mapping::Backing;
 use aerostat_tests::vmm::ram::RegionSpec;
 use aerostat_tests::vmm::vring::Piece;
@@ -64,16 +64,15 @@ fn a_report_that_comes_while_another_queue_is_stopped_is_answered() -> Result<()
     let guest = vmm.boot(&GuestConfig::new(Backing::Anonymous, 64))?;
     let device = guest.device();
     let index = guest.index_of(Role::Stats)?;
-    let mut config = {
+    let config = {
         let mut driver = guest.driver();
         queue_config(driver.queue(Role::Stats)?, false)
     };
     let position = device.stop_queue(index)?;
-    (config.next_avail, config.next_used) = (position.next_avail, position.next_used);
 
     let reported = guest.driver().report_unused(512)?;
     assert_eq!(guest.settled_books()?.report.discarded_bytes, reported);
-    device.start_queue(index, &config)?;
+    device.start_queue(index, &resumed(&config, &position))?;
     let reported = reported + guest.driver().report_unused(512)?;
     assert_eq!(guest.settled_books()?.report.discarded_bytes, reported);
     Ok(())

@@ -6,7 +6,7 @@
 //!
 //! Invariant: the size never falls below zero by more than the grant, which is the host's to set (I5).
 
-use super::{Account, Balloon, Piece, bytes, carry_out, in_regions};
+use super::{Account, Balloon, Piece, bytes, in_regions};
 use crate::memory::{GuestMemory, PfnRange};
 use crate::metrics::Books;
 use crate::pages::frames::Frames;
@@ -107,12 +107,7 @@ impl Balloon {
             super::bump(&mut flow.pending_bytes, bytes(pages));
         });
         self.complete_frames(&mut pieces, books);
-        if self.inhibited || self.has_pinned() {
-            self.discard(&pieces, Account::Balloon, books);
-        } else {
-            let (memory, discarder) = (&self.memory, &self.discarder);
-            carry_out(memory, discarder, &pieces, &[part], Account::Balloon, books);
-        }
+        self.discard(&pieces, &[part], Account::Balloon, books);
         self.pieces = pieces;
     }
 

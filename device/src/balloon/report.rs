@@ -60,7 +60,7 @@ impl Balloon {
             if number > 0 && self.waiting.is_anybody() {
                 self.leave(part, books);
             } else {
-                self.discard(part, Account::Report, books);
+                self.discard(part, part, Account::Report, books);
             }
         }
         self.pieces = pieces;

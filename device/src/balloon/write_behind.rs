@@ -79,7 +79,7 @@ impl Balloon {
         if self.window.is_open() && !self.inhibited && !self.has_pinned() {
             self.window.add(pieces);
         } else {
-            self.discard(pieces, Account::Balloon, books);
+            self.discard(pieces, pieces, Account::Balloon, books);
         }
     }
 

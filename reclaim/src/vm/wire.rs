@@ -46,8 +46,7 @@ impl DeviceState {
 /// What happened to the pages that went through a balloon, since the device was created.
 ///
 /// The honest books of invariant I4: `requested + reopened = discarded + pending + held + withdrawn + every
-/// skipped`, so
-/// memory that was *acknowledged* can be told from memory that was *freed*.
+/// skipped`, so memory that was *acknowledged* can be told from memory that was *freed*.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct PageCounters {

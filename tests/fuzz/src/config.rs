@@ -93,10 +93,8 @@ fn step(device: &Device, access: &Access) {
                     assert_eq!(set, device.target_bytes());
                     let space = space(device);
                     let field = |at: usize| {
-                        space[at..at + 4]
-                            .iter()
-                            .rev()
-                            .fold(0, |field, byte| field << 8 | u64::from(*byte))
+                        let bytes = space[at..at + 4].try_into().expect("four bytes");
+                        u64::from(u32::from_le_bytes(bytes))
                     };
                     let each = nodes.iter().map(|bytes| bytes / 4096);
                     assert_eq!(field(24), nodes.len() as u64);

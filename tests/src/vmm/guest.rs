@@ -19,6 +19,7 @@ use aerostat::{
     AEROSTAT_FEATURE_INDIRECT_DESC, AEROSTAT_FEATURE_MUST_TELL_HOST,
     AEROSTAT_FEATURE_PAGE_REPORTING, AEROSTAT_FEATURE_STATS_VQ, AEROSTAT_FEATURE_VERSION_1,
     AEROSTAT_QUEUE_ELEMENT, AEROSTAT_QUEUE_PACKED_START, aerostat_counters, aerostat_queue_config,
+    aerostat_queue_position,
 };
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use std::sync::Arc;
@@ -438,6 +439,24 @@ impl Guest {
         })
     }
 
+    /// Has the device ask for statistics until it knows that the free memory (tag 4) is `value`, and so all that the
+    /// driver sent before.
+    ///
+    /// # Errors
+    /// It does not in time.
+    pub fn tell_statistics(&self, value: u64, timeout: Duration) -> Result<()> {
+        self.driver().set_stats(&[(4, value)]);
+        poll("the statistics", timeout, || {
+            if self.device.guest_stats(0)?.values[4] == value {
+                return Ok(Some(()));
+            }
+            // Nobody answers while this thread waits; the request is out all the same.
+            let _ = self.device.guest_stats(1);
+            self.driver().answer_stats()?;
+            Ok(None)
+        })
+    }
+
     /// Waits until the driver, which follows its target, has seen that the host reset its balloon.
     ///
     /// # Errors
@@ -492,6 +511,19 @@ pub fn queue_index(role: Role, features: u64, numbering: Numbering) -> u32 {
         (Role::Hints, Numbering::Fixed) => 3,
         (Role::Reporting, Numbering::Dense) => 2 + stats + hints,
         (Role::Reporting, Numbering::Fixed) => 4,
+    }
+}
+
+/// What the device is told of a queue that goes on at `position`.
+#[must_use]
+pub fn resumed(
+    config: &aerostat_queue_config,
+    position: &aerostat_queue_position,
+) -> aerostat_queue_config {
+    aerostat_queue_config {
+        next_avail: position.next_avail,
+        next_used: position.next_used,
+        ..*config
     }
 }
 

@@ -6,7 +6,7 @@
 
 use super::device::Device;
 use super::error::Result;
-use super::guest::{Guest, Vmm};
+use super::guest::{Guest, Vmm, resumed};
 
 impl Guest {
     /// Moves the guest to a new device of `vmm`; the old one is gone afterwards.
@@ -25,9 +25,7 @@ impl Guest {
         if running {
             for (index, config) in self.wiring() {
                 let position = new.saved_position(*index)?;
-                let mut config = *config;
-                (config.next_avail, config.next_used) = (position.next_avail, position.next_used);
-                new.start_queue(*index, &config)?;
+                new.start_queue(*index, &resumed(config, &position))?;
             }
             new.activate()?;
         }

@@ -18,7 +18,7 @@ use aerostat::{
 };
 use aerostat_tests::vmm::allocator::mix;
 use aerostat_tests::vmm::driver::Role;
-use aerostat_tests::vmm::guest::queue_config;
+use aerostat_tests::vmm::guest::{queue_config, resumed};
 use aerostat_tests::vmm::mapping::Backing;
 use aerostat_tests::vmm::ram::RegionSpec;
 use aerostat_tests::vmm::vring::Piece;
@@ -182,7 +182,8 @@ fn step(random: &mut Random, guest: &mut Guest, model: &mut Model, first: u64) -
             "acknowledge".to_owned()
         }
         23 => {
-            tell_statistics(random, guest)?;
+            let value = random.below(u64::MAX);
+            guest.tell_statistics(value, Duration::from_secs(20))?;
             model.flush_if_settled();
             "statistics".to_owned()
         }
@@ -210,10 +211,11 @@ fn step(random: &mut Random, guest: &mut Guest, model: &mut Model, first: u64) -
 /// A queue stops, and goes on where it was.
 fn stop_and_start(guest: &Guest, role: Role) -> Result<()> {
     let index = guest.index_of(role)?;
-    let mut config = queue_config(guest.driver().queue(role)?, guest.config().elements);
+    let config = queue_config(guest.driver().queue(role)?, guest.config().elements);
     let position = guest.device().stop_queue(index)?;
-    (config.next_avail, config.next_used) = (position.next_avail, position.next_used);
-    guest.device().start_queue(index, &config)
+    guest
+        .device()
+        .start_queue(index, &resumed(&config, &position))
 }
 
 /// The guest reports pages as free, which stay its own.
@@ -251,20 +253,6 @@ fn plug(guest: &mut Guest, model: &mut Model) -> Result<String> {
     // What the driver is shown, and what limits its pages, is never more than there is.
     model.target = guest.device().query()?.target_bytes / PAGE_BYTES;
     Ok(format!("memory {}", if present { "goes" } else { "comes" }))
-}
-
-/// The device is asked for statistics, and has what the guest says, after all that came before.
-fn tell_statistics(random: &mut Random, guest: &Guest) -> Result<()> {
-    let value = random.below(u64::MAX);
-    guest.driver().set_stats(&[(4, value)]);
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while guest.device().guest_stats(0)?.values[4] != value {
-        assert!(Instant::now() < deadline, "no statistics");
-        // Nobody answers while this thread waits; the request is out all the same.
-        let _ = guest.device().guest_stats(1);
-        guest.driver().answer_stats()?;
-    }
-    Ok(())
 }
 
 /// The guest uses pages that are its own.
