@@ -83,7 +83,13 @@ impl HostFiles {
                 let text = fs::read_to_string(entry.path().join("meminfo")).ok()?;
                 // Lines of "Node 0 MemTotal: 123 kB".
                 let get = |key: &str| kib(&text, key);
-                let parts = ["MemFree:", "Inactive(file):", "SReclaimable:"];
+                // As the kernel's estimate for the whole host has it, but for the watermarks of zones.
+                let parts = [
+                    "MemFree:",
+                    "Active(file):",
+                    "Inactive(file):",
+                    "SReclaimable:",
+                ];
                 Some(HostNodeSample {
                     node: NodeId(number),
                     total_bytes: get("MemTotal:")?,
@@ -134,7 +140,8 @@ mod tests {
         );
         write(
             "sys/devices/system/node/node0/meminfo",
-            "Node 0 MemTotal: 500 kB\nNode 0 MemFree: 10 kB\nNode 0 Inactive(file): 5 kB\n",
+            "Node 0 MemTotal: 500 kB\nNode 0 MemFree: 10 kB\nNode 0 Active(file): 2 kB\n\
+             Node 0 Inactive(file): 3 kB\n",
         );
         write("sys/devices/system/node/has_cpu", "0-1\n");
 

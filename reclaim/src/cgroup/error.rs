@@ -34,7 +34,7 @@ pub enum CgroupError {
     /// The cgroup is not below the one that was delegated.
     #[error(
         "{path} is not below the delegated cgroup {root}: its limits belong to someone else; move the \
-         VM into a sub-cgroup of {root}, or set cgroup.root to a cgroup above it"
+         VM into a sub-cgroup of {root}, or set host.cgroup-root to a cgroup above it"
     )]
     NotDelegated {
         /// The cgroup.

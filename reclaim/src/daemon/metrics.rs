@@ -6,7 +6,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{Arc, atomic::AtomicU64},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use parking_lot::RwLock;
@@ -23,7 +23,7 @@ use crate::engine::{
 
 /// The most that is read of a request.
 const REQUEST_LIMIT_BYTES: usize = 8 << 10;
-/// How long a scraper may take.
+/// How long a scraper may take to ask, and then to take a part of its answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -191,11 +191,16 @@ pub fn serve(address: SocketAddr, status: Arc<RwLock<Arc<Status>>>) -> io::Resul
 }
 
 fn answer(mut stream: TcpStream, status: &RwLock<Arc<Status>>) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
+    let deadline = Instant::now() + PATIENCE;
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut request = Vec::new();
     let mut chunk = [0; 1024];
     while !request.windows(4).any(|end| end == b"\r\n\r\n") {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
         let count = stream.read(&mut chunk)?;
         if count == 0 || request.len() > REQUEST_LIMIT_BYTES {
             return Ok(());
@@ -273,10 +278,17 @@ mod tests {
     }
 
     #[test]
-    fn a_scraper_that_says_nothing_holds_up_the_next_one_for_two_seconds_at_most() {
+    fn a_scraper_that_dawdles_holds_up_the_next_one_for_two_seconds_at_most() {
         let status = Arc::new(RwLock::new(Arc::new(example())));
         let address = serve("127.0.0.1:0".parse().unwrap(), status).unwrap();
-        let _silent = TcpStream::connect(address).unwrap();
+        let mut slow = TcpStream::connect(address).unwrap();
+        let begin = Instant::now();
+        // A byte at a time, as often as it takes and no longer than the test.
+        thread::spawn(move || {
+            while begin.elapsed() < Duration::from_secs(30) && slow.write_all(b"x").is_ok() {
+                thread::sleep(Duration::from_millis(200));
+            }
+        });
         let mut stream = TcpStream::connect(address).unwrap();
         stream
             .set_read_timeout(Some(Duration::from_secs(30)))
@@ -285,5 +297,6 @@ mod tests {
         let mut text = String::new();
         stream.read_to_string(&mut text).unwrap();
         assert!(text.ends_with("see /metrics\n"), "{text}");
+        assert!(begin.elapsed() < Duration::from_secs(10));
     }
 }

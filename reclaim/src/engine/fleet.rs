@@ -61,8 +61,6 @@ pub(super) struct Member {
     pub(super) cgroup: Option<Arc<VmLimits>>,
     /// Its cgroup is ours to limit.
     pub(super) limited: bool,
-    /// It did not answer in time the last time: nobody waits for it.
-    pub(super) laggard: bool,
     pub(super) reason: String,
     /// What is wrong with it, by where that was seen.
     pub(super) troubles: BTreeMap<Where, String>,

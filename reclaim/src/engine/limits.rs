@@ -31,6 +31,20 @@ impl VmLimits {
     pub(super) fn cgroup(&self) -> &Cgroup {
         &self.cgroup
     }
+
+    /// Lifts what is not kept any more: `memory.max`, and `memory.high` unless it goes on being kept.
+    ///
+    /// # Errors
+    /// The cgroup is gone, or cannot be written.
+    pub(super) fn lift(&self, keep_high: bool) -> Result<(), CgroupError> {
+        if self.max_slack_bytes.is_some() {
+            self.cgroup.set_max_bytes(None)?;
+        }
+        if keep_high {
+            return Ok(());
+        }
+        self.cgroup.set_high_bytes(None)
+    }
 }
 
 impl LimitFile for VmLimits {
@@ -63,8 +77,12 @@ impl LimitFile for VmLimits {
     }
 }
 
-/// The cgroup of a process, from `/proc/PID/cgroup`; `None` for the root, which has no memory files.
-pub(super) fn cgroup_of(proc: &Path, pid: u32) -> Option<PathBuf> {
+/// The cgroup of a process that has its memory, from `/proc/PID/cgroup` and below `mount`; `None` for the root,
+/// which has no memory files.
+///
+/// Below a threaded cgroup, in which libvirt has the threads of QEMU, memory is the first one's above that is not
+/// (`Documentation/admin-guide/cgroup-v2.rst`, "Threads").
+pub(super) fn cgroup_of(proc: &Path, mount: &Path, pid: u32) -> Option<PathBuf> {
     let text = fs::read_to_string(proc.join(pid.to_string()).join("cgroup")).ok()?;
     let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
     let below = path.trim_start_matches('/');
@@ -72,7 +90,13 @@ pub(super) fn cgroup_of(proc: &Path, pid: u32) -> Option<PathBuf> {
     if below.is_empty() || below.split('/').any(|part| part == "..") {
         return None;
     }
-    Some(Path::new(CGROUP_MOUNT).join(below))
+    let threaded = |path: &&Path| {
+        let kind = fs::read_to_string(mount.join(path).join("cgroup.type"));
+        kind.is_ok_and(|kind| kind.trim() == "threaded")
+    };
+    let mut places = Path::new(below).ancestors();
+    let place = places.find(|path| !threaded(path))?;
+    (place != Path::new("")).then(|| mount.join(place))
 }
 
 #[cfg(test)]
@@ -86,15 +110,26 @@ mod tests {
             fs::create_dir(dir.path().join(pid)).unwrap();
             fs::write(dir.path().join(pid).join("cgroup"), text).unwrap();
         };
+        let mount = dir.path().join("mount");
+        let kind = |path: &str, text: &str| {
+            fs::create_dir_all(mount.join(path)).unwrap();
+            fs::write(mount.join(path).join("cgroup.type"), text).unwrap();
+        };
+        kind("vm.scope", "domain\n");
+        kind("vm.scope/libvirt", "domain threaded\n");
+        kind("vm.scope/libvirt/emulator", "threaded\n");
+        kind("vm.scope/libvirt/emulator/inner", "threaded\n");
         put("1", "3:memory:/v1\n0::/vms.slice/a.scope\n");
         put("2", "0::/\n");
         put("3", "0::/../elsewhere\n");
+        put("5", "0::/vm.scope/libvirt/emulator/inner\n");
 
-        let expected = Path::new(CGROUP_MOUNT).join("vms.slice/a.scope");
-        assert_eq!(cgroup_of(dir.path(), 1), Some(expected));
-        assert_eq!(cgroup_of(dir.path(), 2), None);
-        assert_eq!(cgroup_of(dir.path(), 3), None);
-        assert_eq!(cgroup_of(dir.path(), 4), None);
+        let of = |pid| cgroup_of(dir.path(), &mount, pid);
+        assert_eq!(of(1), Some(mount.join("vms.slice/a.scope")));
+        assert_eq!(of(2), None);
+        assert_eq!(of(3), None);
+        assert_eq!(of(4), None);
+        assert_eq!(of(5), Some(mount.join("vm.scope/libvirt")));
     }
 
     #[test]

@@ -41,7 +41,7 @@ use crate::{
     config::{Config, Limits},
     host::{HostError, HostFiles},
     ledger::{ByNode, Ledger},
-    policy::{self, Decision, Policy, Sample, VmId},
+    policy::{self, Decision, MemoryLimits, Policy, Sample, VmId},
     vm::Endpoint,
 };
 
@@ -99,6 +99,8 @@ pub struct Engine {
     pressure_events: u64,
     ticks: u64,
     scan_trouble: BTreeSet<String>,
+    /// What is wrong with the delegated cgroup.
+    root_trouble: Option<String>,
     status: Arc<RwLock<Arc<Status>>>,
 }
 
@@ -126,10 +128,10 @@ impl Engine {
             pressure_events: 0,
             ticks: 0,
             scan_trouble: BTreeSet::new(),
+            root_trouble: None,
             status: Arc::default(),
         };
         engine.sample.host = engine.host.sample()?;
-        engine.set_budget();
         Ok(engine)
     }
 
@@ -147,14 +149,16 @@ impl Engine {
 
     /// Decides again and again, until told to stop.
     pub fn run(&mut self, inputs: &Receiver<Input>) {
-        let mut next = Instant::now();
+        let mut due = Instant::now();
         let mut pressure = false;
         loop {
+            // A round that was called for begins a period of its own; others keep to the beat.
+            let begin = Instant::now().min(due);
             self.tick(pressure);
             pressure = false;
-            next = (next + self.config.period()).max(Instant::now());
+            due = (begin + self.config.period()).max(Instant::now());
             loop {
-                match inputs.recv_deadline(next) {
+                match inputs.recv_deadline(due) {
                     Ok(Input::Pressure) => {
                         self.pressure_events += 1;
                         pressure = true;
@@ -196,6 +200,7 @@ impl Engine {
         }
         self.sample.host.pressure_event = pressure_event;
         self.sample.at = self.started.elapsed();
+        self.set_budget();
         self.observe();
         self.adopt();
         let mut decisions = self.policy.decide(&self.sample);
@@ -213,14 +218,15 @@ impl Engine {
         if config.policy != self.config.policy {
             self.policy = make_policy(&config);
         }
+        let before = self.config.limits();
         self.config = config;
+        self.lift_limits(before);
         self.refresh();
         for member in self.members.values_mut() {
             // Limits and cgroups are looked at afresh.
             member.cgroup = None;
             member.limited = false;
         }
-        self.set_budget();
         tracing::info!(
             "configuration loaded, {} entries for VMs",
             self.config.vms.len()
@@ -286,7 +292,6 @@ impl Engine {
                 worker,
                 cgroup: None,
                 limited: false,
-                laggard: false,
                 reason: String::new(),
                 troubles: BTreeMap::new(),
                 history: std::collections::VecDeque::new(),
@@ -306,29 +311,23 @@ impl Engine {
         }
     }
 
-    /// Has all VMs looked at, and waits for those that answered the last time.
+    /// Has all VMs looked at, and waits for those that may answer in time: they have nothing else to do, and
+    /// took no longer the last time.
     fn await_observations(&mut self) {
         while self.observed.1.try_recv().is_ok() {}
-        let mut awaited = BTreeSet::new();
-        for (vm, member) in &mut self.members {
-            if member.worker.observe() && !member.laggard {
-                awaited.insert(vm.clone());
-            }
-        }
-        let deadline = Instant::now() + PATIENCE.min(self.config.period() / 2);
+        let patience = PATIENCE.min(self.config.period() / 2);
+        let prompt = |member: &Member| member.worker.seen().took <= patience;
+        let members = self.members.iter();
+        let mut awaited: BTreeSet<VmId> = members
+            .filter(|(_, member)| member.worker.observe() && prompt(member))
+            .map(|(vm, _)| vm.clone())
+            .collect();
+        let deadline = Instant::now() + patience;
         while !awaited.is_empty() {
             let Ok(vm) = self.observed.1.recv_deadline(deadline) else {
                 break;
             };
             awaited.remove(&vm);
-            if let Some(member) = self.members.get_mut(&vm) {
-                member.laggard = false;
-            }
-        }
-        for vm in awaited {
-            if let Some(member) = self.members.get_mut(&vm) {
-                member.laggard = true;
-            }
         }
     }
 
@@ -353,20 +352,26 @@ impl Engine {
     }
 
     /// What all VMs may occupy: as configured, else what the root cgroup may, else the host's memory
-    /// without its reserve.
+    /// without its reserve. The root may come, go and be limited at any time.
     fn set_budget(&mut self) {
         if self.config.limits() == Limits::None {
             return;
         }
-        let host = &self.sample.host;
         let root = self.config.host.cgroup_root.as_deref();
-        let of_root = root
-            .and_then(|root| (self.world.open_cgroup)(root).ok())
-            .and_then(|cgroup| cgroup.limits().ok())
-            .and_then(|limits| match (limits.high_bytes, limits.max_bytes) {
-                (Some(high), Some(max)) => Some(high.min(max)),
-                (one, other) => one.or(other),
-            });
+        let limits = root.map(|root| (self.world.open_cgroup)(root)?.limits());
+        let (limits, trouble) = match limits.transpose() {
+            Ok(limits) => (limits.unwrap_or_default(), None),
+            Err(error) => (MemoryLimits::default(), Some(error.to_string())),
+        };
+        if let Some(text) = trouble.as_ref().filter(|_| trouble != self.root_trouble) {
+            tracing::warn!("{text}: no limits are kept below it");
+        }
+        self.root_trouble = trouble;
+        let of_root = match (limits.high_bytes, limits.max_bytes) {
+            (Some(high), Some(max)) => Some(high.min(max)),
+            (one, other) => one.or(other),
+        };
+        let host = &self.sample.host;
         let budget = match (self.config.host.budget, of_root) {
             (Some(size), _) => size.0,
             (None, Some(bytes)) => bytes,

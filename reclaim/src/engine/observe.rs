@@ -10,7 +10,7 @@ use std::{
 use super::{
     Engine, by_vm,
     fleet::{Member, Settings, Where},
-    limits::cgroup_of,
+    limits::{CGROUP_MOUNT, cgroup_of},
     status::{Condition, HostStatus, LedgerStatus, Status, VmStatus},
     worker::Seen,
 };
@@ -34,14 +34,14 @@ impl Engine {
             let seen = member.worker.seen();
             let (mut sample, lie) = vm_sample(vm, &member.settings, &seen, stale);
             member.note(vm, Where::Values, lie);
-            if let Some(limits) = member.cgroup.clone()
-                && let Err(error) = read_cgroup(limits.cgroup(), &mut sample)
-            {
-                if error.is_gone() {
+            if let Some(limits) = member.cgroup.clone() {
+                let error = read_cgroup(limits.cgroup(), &mut sample).err();
+                if error.as_ref().is_some_and(CgroupError::is_gone) {
                     member.cgroup = None;
                 }
-                member.note(vm, Where::Cgroup, Some(error.to_string()));
+                member.note(vm, Where::Cgroup, error.map(|error| error.to_string()));
             }
+            sample.limited = member.limited;
             samples.push(sample);
         }
         self.sample.vms = samples;
@@ -60,18 +60,19 @@ impl Engine {
                     .worker
                     .seen()
                     .pid
-                    .and_then(|pid| cgroup_of(&proc, pid))
+                    .and_then(|pid| cgroup_of(&proc, Path::new(CGROUP_MOUNT), pid))
             };
             if let Some(path) = member.wanted.cgroup.clone().or_else(of_process) {
                 places.push((vm.clone(), path));
             }
         }
+        // That it cannot be opened is said of the budget.
         let delegated = self
             .config
             .host
             .cgroup_root
             .as_deref()
-            .filter(|_| slack.is_some() || self.config.limits() == Limits::High)
+            .filter(|_| self.config.limits() != Limits::None)
             .and_then(|root| Delegated::open_with(root, self.world.open_cgroup).ok());
         let mut inhabitants = HashMap::<&Path, usize>::new();
         for (_, path) in &places {
@@ -94,10 +95,12 @@ impl Engine {
                 continue;
             }
             member.enter_cgroup(vm, path, self.world.open_cgroup, slack);
-            member.limited = member.cgroup.is_some()
-                && delegated
-                    .as_ref()
-                    .is_some_and(|root| root.check(path).is_ok());
+            let foreign = delegated.as_ref().map(|root| root.check(path).err());
+            member.limited = member.cgroup.is_some() && matches!(foreign, Some(None));
+            if !member.limited {
+                let text = foreign.flatten().map(|error| error.to_string());
+                member.note(vm, Where::Limit, text);
+            }
         }
     }
 
@@ -167,8 +170,8 @@ impl Engine {
             host: HostStatus {
                 total_bytes: host.total_bytes,
                 available_bytes: host.available_bytes,
-                high_bytes: self.config.policy.high_watermark_bytes(host.total_bytes),
-                low_bytes: self.config.policy.low_watermark_bytes(host.total_bytes),
+                high_bytes: self.config.policy.high_watermark_bytes(host),
+                low_bytes: self.config.policy.low_watermark_bytes(host),
                 swap_free_bytes: host.swap_free_bytes,
                 pressure: host.pressure,
                 pressure_events: self.pressure_events,
@@ -190,6 +193,7 @@ fn troubles(seen: &Seen, member: &Member) -> Option<String> {
     let all: Vec<&str> = seen
         .trouble
         .iter()
+        .chain(&seen.step_trouble)
         .chain(member.troubles.values())
         .map(String::as_str)
         .collect();
@@ -237,6 +241,7 @@ fn vm_sample(
         let (honest, lie) = plausible(observation);
         let age = Instant::now().saturating_duration_since(*at);
         sample.memory_bytes = honest.memory_bytes;
+        sample.other_bytes = honest.other_bytes;
         sample.ballooned_bytes = honest.ballooned_bytes;
         sample.target_bytes = honest
             .target_bytes

@@ -24,6 +24,8 @@ struct Plan {
     due_bytes: u64,
     /// From its limit to what it needs soon.
     urgent_bytes: u64,
+    /// The same if its balloon gave nothing back.
+    needed_bytes: u64,
 }
 
 impl Plan {
@@ -66,6 +68,7 @@ impl Engine {
             return;
         }
         self.close_gone();
+        let keeps_max = self.config.limits() == Limits::HighAndMax;
         for vm in self.sample.vms.clone() {
             let Some(member) = self.members.get(&vm.id) else {
                 continue;
@@ -80,8 +83,44 @@ impl Engine {
             } else {
                 Ok(())
             };
+            let trouble = outcome.err().or_else(|| {
+                let max = vm.limits.max_bytes.filter(|_| !keeps_max)?;
+                (max < vm.memory_bytes).then(|| {
+                    format!(
+                        "{}/memory.max is {max}, less than its memory: the kernel kills it when its balloon \
+                         becomes small; write \"max\" there, or set limits = \"high-and-max\"",
+                        limits.cgroup().path().display()
+                    )
+                })
+            });
             if let Some(member) = self.members.get_mut(&vm.id) {
-                member.note(&vm.id, Where::Limit, outcome.err());
+                member.note(&vm.id, Where::Limit, trouble);
+            }
+        }
+    }
+
+    /// Lifts the limits that the configuration does not keep any more: a limit that does not follow its balloon
+    /// would throttle or kill the VM one day.
+    pub(super) fn lift_limits(&mut self, before: Limits) {
+        let now = self.config.limits();
+        if self.dry_run || before == now || now == Limits::HighAndMax {
+            return;
+        }
+        for (vm, member) in &self.members {
+            let mut ledger = self.ledger.lock();
+            if ledger.account_bytes(vm).is_none() {
+                continue;
+            }
+            let Some(limits) = &member.cgroup else {
+                continue;
+            };
+            match limits.lift(now != Limits::None) {
+                Ok(()) if now == Limits::None => {
+                    let _ = ledger.close(vm);
+                    tracing::info!(vm = %vm, "its limit is lifted");
+                }
+                Ok(()) => tracing::info!(vm = %vm, "its memory.max is lifted"),
+                Err(error) => tracing::warn!(vm = %vm, "its limit was not lifted: {error}"),
             }
         }
     }
@@ -89,8 +128,11 @@ impl Engine {
     /// Without a limit so far, a VM begins with what it occupies; it is raised to its due at once, as
     /// far as the pool goes.
     fn open_account(&self, vm: &VmSample, limits: &impl LimitFile) -> Result<(), String> {
+        // What keeps it from being read was said already.
+        let Some(current) = vm.current_bytes else {
+            return Ok(());
+        };
         let used: ByNode = vm.nodes.iter().map(|n| (n.node, n.current_bytes)).collect();
-        let current = vm.current_bytes.unwrap_or(0);
         let least = current.saturating_add(self.config.host.slack.0);
         let limit = vm.limits.high_bytes.unwrap_or(least);
         let opened = self.ledger.lock().adopt(&vm.id, limit, &used);
@@ -157,6 +199,7 @@ impl Engine {
         let ballooned = ballooned.min(vm.ballooned_bytes);
         vm.memory_bytes
             .saturating_sub(ballooned)
+            .saturating_add(vm.other_bytes)
             .saturating_add(self.config.host.overhead.0)
     }
 
@@ -172,12 +215,14 @@ impl Engine {
             .collect();
         // Urgent needs first, then dues, as far as the pool goes.
         let mut wanting = 0_u64;
+        let mut needed = 0_u64;
         for plan in &mut plans {
             let raise = plan.urgent_bytes.min(pool);
             pool -= raise;
             plan.step.raise_bytes = raise;
             let short = plan.urgent_bytes - raise;
             wanting = wanting.saturating_add(short);
+            needed = needed.saturating_add(plan.needed_bytes.saturating_sub(raise));
             if let Some(target) = &mut plan.step.target_bytes {
                 // What is not covered stays in the balloon, on whatever node it is.
                 if short > 0 {
@@ -196,17 +241,24 @@ impl Engine {
             }
         }
         for plan in plans {
-            if let Some(member) = self.members.get(&plan.vm).filter(|_| !plan.is_idle()) {
-                // A VM that is busy is decided about anew at the next round.
-                let _ = member.worker.carry(plan.step);
+            if let Some(member) = self.members.get(&plan.vm) {
+                let step = (!plan.is_idle()).then_some(plan.step);
+                member.worker.carry(step);
             }
         }
         if wanting > 0 && !tight {
             tracing::warn!(
                 "the pool is short of {wanting} bytes: what VMs do not use of their limits is taken \
-                 back; raise the budget, or lower floors"
+                 back, and others are asked to give; raise the budget, or lower floors"
             );
         }
+        // Guests are asked for what is missing even when all have lost what they do not use.
+        let overdrawn = u64::try_from(-self.ledger.lock().pool_bytes()).unwrap_or(0);
+        self.sample.wanting_bytes = if tight && needed > 0 {
+            needed.saturating_add(overdrawn)
+        } else {
+            0
+        };
         self.wanting_bytes = wanting;
     }
 
@@ -224,6 +276,7 @@ impl Engine {
             target_before_bytes: vm.target_bytes,
             due_bytes: 0,
             urgent_bytes: 0,
+            needed_bytes: 0,
         };
         let account = self.ledger.lock().account_bytes(&vm.id);
         let limits = member.cgroup.clone().filter(|_| member.limited);
@@ -241,15 +294,16 @@ impl Engine {
         let due = self.entitled_bytes(vm, target);
         // What it will occupy soon: it uses what it is about to get back.
         let returning = vm.ballooned_bytes.saturating_sub(target);
-        let soon = vm.current_bytes.map_or(due, |current| {
-            due.min(
-                current
-                    .saturating_add(returning)
-                    .saturating_add(slack.saturating_mul(2)),
-            )
-        });
+        let room = slack.saturating_mul(2);
+        let needed = vm
+            .current_bytes
+            .map_or(0, |current| due.min(current.saturating_add(room)));
+        let soon = vm
+            .current_bytes
+            .map_or(due, |_| due.min(needed.saturating_add(returning)));
         plan.due_bytes = due.saturating_sub(account);
         plan.urgent_bytes = soon.saturating_sub(account);
+        plan.needed_bytes = needed.saturating_sub(account);
         // When others are short, what it does not use is theirs.
         let enough = if tight { soon } else { due };
         if account.saturating_sub(enough) >= LIMIT_STEP_BYTES {

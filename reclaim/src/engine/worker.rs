@@ -2,16 +2,13 @@
 //! a limit whose write waits for reclaim, holds up nothing else.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
-use parking_lot::Mutex;
+use crossbeam_channel::Sender;
+use parking_lot::{Condvar, Mutex};
 
 use super::limits::VmLimits;
 use crate::{
@@ -20,9 +17,6 @@ use crate::{
     policy::{NodeTarget, VmId},
     vm::{Endpoint, Observation, Vm, VmError},
 };
-
-/// One order at a time: what a VM that hangs was not told is decided anew when it answers.
-const QUEUE_LIMIT: usize = 1;
 
 /// The first pause after a connection failed; it doubles up to the second.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
@@ -45,10 +39,42 @@ pub(super) struct Step {
     pub(super) limits: Option<(Arc<VmLimits>, u64)>,
 }
 
-#[derive(Debug)]
-enum Order {
-    Observe,
-    Carry(Box<Step>),
+/// What the thread has been told and has not done. There is one step at most: a newer decision takes the
+/// place of one that a VM which answers slowly has not got round to.
+#[derive(Debug, Default)]
+struct Orders {
+    step: Option<Box<Step>>,
+    /// A look is ordered or under way.
+    look: bool,
+    /// The thread has something to do, or does it.
+    busy: bool,
+    ended: bool,
+}
+
+/// Where orders are left for the thread.
+#[derive(Debug, Default)]
+struct Desk {
+    orders: Mutex<Orders>,
+    given: Condvar,
+}
+
+impl Desk {
+    /// Waits for orders; `None` at the end. The step comes before the look, so that the look sees it.
+    fn take(&self) -> Option<(Option<Box<Step>>, bool)> {
+        let mut orders = self.orders.lock();
+        loop {
+            if orders.ended {
+                return None;
+            }
+            let step = orders.step.take();
+            if step.is_some() || orders.look {
+                orders.busy = true;
+                return Some((step, orders.look));
+            }
+            orders.busy = false;
+            self.given.wait(&mut orders);
+        }
+    }
 }
 
 /// What is known about the VM, as its thread last left it.
@@ -58,21 +84,30 @@ pub(super) struct Seen {
     pub(super) observation: Option<(Observation, Instant)>,
     /// The VMM's process.
     pub(super) pid: Option<u32>,
-    /// The last thing that went wrong, with advice; none after a success.
+    /// What went wrong with the last look, with advice.
     pub(super) trouble: Option<String>,
+    /// What went wrong with the last step.
+    pub(super) step_trouble: Option<String>,
     /// How many things went wrong.
     pub(super) errors: u64,
-    /// The target that was set last.
+    /// The target that was set last, on the connection that there is.
     pub(super) target_bytes: Option<u64>,
+    /// How long the last look took.
+    pub(super) took: Duration,
 }
 
 /// The thread's handle. Dropping it lets the thread end when its VM has answered or timed out.
 #[derive(Debug)]
 pub(super) struct Worker {
-    orders: Sender<Order>,
+    desk: Arc<Desk>,
     seen: Arc<Mutex<Seen>>,
-    /// An order was given and is not done.
-    busy: Arc<AtomicBool>,
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.desk.orders.lock().ended = true;
+        self.desk.given.notify_one();
+    }
 }
 
 struct Thread {
@@ -81,7 +116,7 @@ struct Thread {
     timeout: Duration,
     ledger: Arc<Mutex<Ledger>>,
     seen: Arc<Mutex<Seen>>,
-    busy: Arc<AtomicBool>,
+    desk: Arc<Desk>,
     connection: Option<Box<dyn Vm>>,
     retry: Option<(Instant, Duration)>,
 }
@@ -95,9 +130,8 @@ impl Worker {
         ledger: Arc<Mutex<Ledger>>,
         observed: Sender<VmId>,
     ) -> std::io::Result<Self> {
-        let (orders, received) = bounded(QUEUE_LIMIT);
+        let desk = Arc::new(Desk::default());
         let seen = Arc::new(Mutex::new(Seen::default()));
-        let busy = Arc::new(AtomicBool::new(false));
         let name = format!("vm-{}", vm.as_str().chars().take(12).collect::<String>());
         let thread = Thread {
             vm,
@@ -105,37 +139,37 @@ impl Worker {
             timeout,
             ledger,
             seen: seen.clone(),
-            busy: busy.clone(),
+            desk: desk.clone(),
             connection: None,
             retry: None,
         };
         thread::Builder::new()
             .name(name)
             .stack_size(512 << 10)
-            .spawn(move || thread.run(&received, &observed))?;
-        Ok(Self { orders, seen, busy })
+            .spawn(move || thread.run(&observed))?;
+        Ok(Self { desk, seen })
     }
 
-    /// Asks for a look at the VM; false if it is still busy.
+    /// Asks for a look at the VM; false if the thread has something else to do first.
     pub(super) fn observe(&self) -> bool {
-        self.order(Order::Observe)
+        let mut orders = self.desk.orders.lock();
+        let at_once = !orders.busy;
+        orders.look = true;
+        orders.busy = true;
+        self.desk.given.notify_one();
+        at_once
     }
 
-    /// Hands a step over; false if the VM is still busy, and the step is dropped.
-    pub(super) fn carry(&self, step: Step) -> bool {
-        self.order(Order::Carry(Box::new(step)))
-    }
-
-    fn order(&self, order: Order) -> bool {
-        if self.busy.swap(true, Ordering::AcqRel) {
-            return false;
-        }
-        match self.orders.try_send(order) {
-            Ok(()) => true,
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                self.busy.store(false, Ordering::Release);
-                false
-            }
+    /// Hands the newest step over, in place of one that has not been begun; `None`: there is nothing to do.
+    pub(super) fn carry(&self, step: Option<Step>) {
+        let mut orders = self.desk.orders.lock();
+        orders.step = step.map(Box::new);
+        if orders.step.is_some() {
+            orders.busy = true;
+            self.desk.given.notify_one();
+        } else {
+            // What could not be done need not be done any more.
+            self.seen.lock().step_trouble = None;
         }
     }
 
@@ -146,19 +180,20 @@ impl Worker {
 }
 
 impl Thread {
-    fn run(mut self, orders: &Receiver<Order>, observed: &Sender<VmId>) {
-        for order in orders {
-            match order {
-                Order::Observe => {
-                    self.observe();
-                    self.busy.store(false, Ordering::Release);
-                    // The engine may have stopped waiting, or ended.
-                    let _ = observed.try_send(self.vm.clone());
-                }
-                Order::Carry(step) => {
-                    self.carry(&step);
-                    self.busy.store(false, Ordering::Release);
-                }
+    fn run(mut self, observed: &Sender<VmId>) {
+        let desk = self.desk.clone();
+        while let Some((step, look)) = desk.take() {
+            if let Some(step) = step {
+                let outcome = self.carry(&step);
+                self.note_step(outcome);
+            }
+            if look {
+                let begin = Instant::now();
+                self.observe();
+                self.seen.lock().took = begin.elapsed();
+                desk.orders.lock().look = false;
+                // The engine may have stopped waiting, or ended.
+                let _ = observed.try_send(self.vm.clone());
             }
         }
     }
@@ -172,7 +207,11 @@ impl Thread {
             match self.endpoint.connect(self.timeout) {
                 Ok(vm) => {
                     tracing::info!(vm = %self.vm, protocol = vm.protocol(), "connected");
-                    self.seen.lock().pid = vm.peer_pid();
+                    let mut seen = self.seen.lock();
+                    seen.pid = vm.peer_pid();
+                    // Another VMM may be behind the socket, which was told nothing yet.
+                    seen.target_bytes = None;
+                    drop(seen);
                     self.retry = None;
                     self.connection = Some(vm);
                 }
@@ -199,21 +238,24 @@ impl Thread {
         }
     }
 
-    fn carry(&mut self, step: &Step) {
+    /// Carries a step out as far as it goes.
+    ///
+    /// # Errors
+    /// What went wrong, with advice.
+    fn carry(&mut self, step: &Step) -> Result<(), String> {
         let limits = step.limits.as_ref();
         if let Some((limits, _)) = limits
             && step.raise_bytes > 0
-            && let Err(error) = steps::raise(
+        {
+            // Without the limit the memory must not go back (I5).
+            steps::raise(
                 &self.ledger,
                 &self.vm,
                 limits.as_ref(),
                 step.raise_bytes,
                 None,
             )
-        {
-            // Without the limit the memory must not go back (I5).
-            self.trouble(&format!("its limit was not raised: {error}"));
-            return;
+            .map_err(|error| format!("its limit was not raised: {error}"))?;
         }
         if let Some(target) = step.target_bytes
             && let Some(vm) = self.connection()
@@ -223,51 +265,67 @@ impl Thread {
             } else {
                 vm.set_node_targets(&step.nodes)
             };
-            match told {
-                Ok(()) => self.seen.lock().target_bytes = Some(target),
-                Err(error) => {
-                    self.failed(&error);
-                    return;
-                }
+            if let Err(error) = told {
+                self.disconnect(&error);
+                return Err(explain(&error));
             }
+            self.seen.lock().target_bytes = Some(target);
         }
         let Some((limits, slack)) = limits else {
-            return;
+            return Ok(());
         };
-        if let Some(wanted) = step.lower_to_bytes
-            && let Err(error) =
-                steps::lower(&self.ledger, &self.vm, limits.as_ref(), wanted, *slack)
-        {
-            self.trouble(&format!("its limit was not lowered: {error}"));
-        }
+        let lowered = step.lower_to_bytes.map_or(Ok(0), |wanted| {
+            steps::lower(&self.ledger, &self.vm, limits.as_ref(), wanted, *slack)
+        });
         if step.reclaim_bytes > 0 {
             match limits.cgroup().reclaim(step.reclaim_bytes, None) {
                 Ok(Reclaimed::All | Reclaimed::Short) => {}
                 Ok(Reclaimed::Unsupported) => {
-                    self.trouble("this kernel has no memory.reclaim; set allow-reclaim = false");
+                    let text = "this kernel has no memory.reclaim; set allow-reclaim = false";
+                    return Err(text.to_owned());
                 }
-                Err(error) => self.trouble(&error.to_string()),
+                Err(error) => return Err(error.to_string()),
             }
+        }
+        lowered
+            .map(drop)
+            .map_err(|error| format!("its limit was not lowered: {error}"))
+    }
+
+    /// Enters how a step went; logged when it is news.
+    fn note_step(&self, outcome: Result<(), String>) {
+        let mut seen = self.seen.lock();
+        let before = std::mem::replace(&mut seen.step_trouble, outcome.err());
+        match (&before, &seen.step_trouble) {
+            (Some(before), None) => tracing::info!(vm = %self.vm, "no longer: {before}"),
+            (before, Some(now)) => {
+                if before.as_ref() != Some(now) {
+                    tracing::warn!(vm = %self.vm, "{now}");
+                }
+                seen.errors += 1;
+            }
+            (None, None) => {}
         }
     }
 
     fn failed(&mut self, error: &VmError) {
-        if !matches!(error, VmError::Refused { .. }) {
-            self.connection = None;
-            let pause = self
-                .retry
-                .map_or(RETRY_FIRST, |(_, pause)| (pause * 2).min(RETRY_LAST));
-            self.retry = Some((Instant::now() + pause, pause));
-        }
-        let cause = std::error::Error::source(error).map(|cause| format!(": {cause}"));
-        self.trouble(&format!(
-            "{error}{}; {}",
-            cause.unwrap_or_default(),
-            error.advice()
-        ));
+        self.disconnect(error);
+        self.trouble(&explain(error));
     }
 
-    /// Enters what went wrong; logged when it is news.
+    /// A conversation that broke off is begun anew, a little later.
+    fn disconnect(&mut self, error: &VmError) {
+        if matches!(error, VmError::Refused { .. }) {
+            return;
+        }
+        self.connection = None;
+        let pause = self
+            .retry
+            .map_or(RETRY_FIRST, |(_, pause)| (pause * 2).min(RETRY_LAST));
+        self.retry = Some((Instant::now() + pause, pause));
+    }
+
+    /// Enters what went wrong with a look; logged when it is news.
     fn trouble(&self, text: &str) {
         let mut seen = self.seen.lock();
         seen.errors += 1;
@@ -276,4 +334,10 @@ impl Thread {
             seen.trouble = Some(text.to_owned());
         }
     }
+}
+
+/// An error with its cause, and what to do.
+fn explain(error: &VmError) -> String {
+    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}"));
+    format!("{error}{}; {}", cause.unwrap_or_default(), error.advice())
 }

@@ -19,7 +19,7 @@ use super::{
     demand::{self, HostState, Trend},
     giving,
     guest::{self, Guest, configured_floor_bytes},
-    nodes,
+    nodes::{self, Domain, Place},
     reason::Reason,
     returning,
     state::VmState,
@@ -151,8 +151,16 @@ impl Policy for Aerostat {
         let demand = round.host.demand_bytes.saturating_sub(pending);
         let demand = demand.saturating_add(unmet);
         let by_node = demand::node_demands(&sample.host, &self.config);
-        let lacks = nodes::domains(&sample.host, demand, by_node, pending);
-        let demand = lacks.iter().map(|domain| domain.demand_bytes).sum();
+        let mut lacks = nodes::domains(&sample.host, demand, by_node, pending, &sample.vms);
+        let of_host: u64 = lacks.iter().map(|domain| domain.demand_bytes).sum();
+        // What guests give to the host comes out of their limits too.
+        let wanting = sample.wanting_bytes.saturating_sub(pending);
+        let of_budget = wanting.saturating_sub(of_host);
+        lacks.push(Domain {
+            place: Place::Budget,
+            demand_bytes: of_budget,
+        });
+        let demand = of_host.saturating_add(of_budget);
         if demand >= GRANULE_BYTES {
             giving::divide_demand(&round, &lacks, demand, &mut plans);
         } else if round.host.surplus_bytes > 0 {

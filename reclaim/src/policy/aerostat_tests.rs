@@ -497,6 +497,29 @@ fn x2_a_node_that_lacks_memory_is_helped_by_what_lies_there() {
 }
 
 #[test]
+fn x2_a_node_that_lacks_memory_for_ever_takes_nothing_from_those_that_may_not_be_there() {
+    let node = |id, available_bytes| HostNodeSample {
+        node: NodeId(id),
+        total_bytes: 16 * GIB,
+        available_bytes,
+    };
+    let mut ballooned = guest("b", 4096, 1000, 2000);
+    ballooned.set_balloon(512);
+    let mut sample = sample(16 * GIB, vec![guest("a", 4096, 1000, 2000), ballooned]);
+    // Something else is on node 1.
+    sample.host.nodes = vec![node(0, 15 * GIB), node(1, GIB / 4)];
+
+    let decisions = decide_once(&sample);
+
+    assert_eq!(decisions[0].target_bytes, 0, "{}", decisions[0].reason);
+    assert!(
+        decisions[1].target_bytes < 512 * MIB,
+        "{}",
+        decisions[1].reason
+    );
+}
+
+#[test]
 fn every_decision_is_explained_in_a_line() {
     let mut stale = guest("stale", 4096, 200, 3800);
     stale.guest.age = Some(Duration::from_secs(60));

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::amount::{MIB, scaled};
+use super::{
+    amount::{MIB, scaled},
+    types::HostSample,
+};
 
 /// Settings of the policy, the `[policy]` table of `aerostatd`'s configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -194,17 +197,20 @@ impl PolicyConfig {
 
     /// Host memory to keep available.
     #[must_use]
-    pub fn high_watermark_bytes(&self, host_total_bytes: u64) -> u64 {
-        self.high_bytes
-            .unwrap_or_else(|| scaled(host_total_bytes, self.high_percent / 100.0))
-            .max(self.low_watermark_bytes(host_total_bytes))
+    pub fn high_watermark_bytes(&self, host: &HostSample) -> u64 {
+        let high_bytes = self
+            .high_bytes
+            .unwrap_or_else(|| scaled(host.total_bytes, self.high_percent / 100.0));
+        scaled(high_bytes, caution(host)).max(self.low_watermark_bytes(host))
     }
 
     /// Below this it is an emergency.
     #[must_use]
-    pub fn low_watermark_bytes(&self, host_total_bytes: u64) -> u64 {
-        self.low_bytes
-            .unwrap_or_else(|| scaled(host_total_bytes, self.low_percent / 100.0))
+    pub fn low_watermark_bytes(&self, host: &HostSample) -> u64 {
+        let low_bytes = self
+            .low_bytes
+            .unwrap_or_else(|| scaled(host.total_bytes, self.low_percent / 100.0));
+        scaled(low_bytes, caution(host))
     }
 
     /// How much an idle page counts against one in use: ESX's k = 1 / (1 - tau).
@@ -227,6 +233,12 @@ impl PolicyConfig {
     pub(super) fn stats_limit(&self) -> Duration {
         Duration::from_millis(self.stats_limit_ms)
     }
+}
+
+/// Without host swap a shortage ends in killed VMs instead of a slow host, so the watermarks are half as high
+/// again.
+fn caution(host: &HostSample) -> f64 {
+    if host.swap_free_bytes == 0 { 1.5 } else { 1.0 }
 }
 
 fn wrong(key: &'static str, value: f64, advice: &'static str) -> PolicyConfigError {

@@ -111,14 +111,12 @@ impl Trend {
 
 /// `D = max(0, high - available) + g * guests * max(0, pressure / target - 1)`.
 ///
-/// Four things the plain formula lacks:
+/// Three things the plain formula lacks:
 /// - Available is what will be left of it when guests have answered, if it goes on falling as it does.
 /// - Pressure is heard only while less than twice the high watermark is available. A cgroup that is
 ///   throttled by its own limit, or a guest that waits for its disk, raises the host's pressure
 ///   although the host lacks nothing, and no balloon would help.
 /// - It is bounded, since pressure says that something is wrong but not how much memory is missing.
-/// - Without host swap a shortage ends in killed VMs instead of a slow host, so the watermarks are
-///   half as high again.
 pub(super) fn assess(
     host: &HostSample,
     trend: &Trend,
@@ -126,9 +124,8 @@ pub(super) fn assess(
     guests_bytes: u64,
     config: &PolicyConfig,
 ) -> HostState {
-    let caution = if host.swap_free_bytes == 0 { 1.5 } else { 1.0 };
-    let high_bytes = scaled(config.high_watermark_bytes(host.total_bytes), caution);
-    let low_bytes = scaled(config.low_watermark_bytes(host.total_bytes), caution);
+    let high_bytes = config.high_watermark_bytes(host);
+    let low_bytes = config.low_watermark_bytes(host);
     let available_bytes = host.available_bytes;
 
     let ahead = config.look_ahead();
@@ -172,7 +169,7 @@ pub(super) fn node_demands(host: &HostSample, config: &PolicyConfig) -> Vec<u64>
     nodes
         .map(|node| {
             let share = ratio(node.total_bytes, host.total_bytes);
-            let high_bytes = scaled(config.high_watermark_bytes(host.total_bytes), share);
+            let high_bytes = scaled(config.high_watermark_bytes(host), share);
             high_bytes.saturating_sub(node.available_bytes)
         })
         .collect()

@@ -9,7 +9,7 @@ use super::{
     aerostat::{GRANULE_BYTES, Plan, Round},
     amount::scaled,
     guest::follows_demand,
-    nodes::{self, Domain},
+    nodes::{self, Domain, Place},
     reason::{Bound, Reason, Spared},
     share::{Claim, divide},
     types::VmSample,
@@ -53,8 +53,12 @@ pub(super) fn divide_demand(
     for domain in domains {
         missing += divide_domain(round, domain, &mut givers, plans);
     }
+    let of_budget = |domain: &&Domain| domain.place == Place::Budget;
+    let budget = domains.iter().filter(of_budget);
+    let budget_bytes = budget.map(|domain| domain.demand_bytes).sum();
     for giver in &givers {
-        explain(round, demand_bytes, giver, &mut plans[giver.plan]);
+        let plan = &mut plans[giver.plan];
+        explain(round, (demand_bytes, budget_bytes), giver, plan);
     }
     if round.host.emergency && missing >= GRANULE_BYTES {
         last_resort(round, missing, plans);
@@ -150,7 +154,9 @@ fn divide_domain(
             let give = scaled(*share, 1.0 / (plan.guest.yields * spread)).min(most);
             giver.given_bytes += give;
             plan.target_bytes += give;
-            if let Some(node) = domain.node.filter(|_| nodes::by_node(plan.vm)) {
+            if let Place::Node(node, _) = domain.place
+                && nodes::by_node(plan.vm)
+            {
                 plan.node_gives.push((node, give));
             }
             missing = missing.saturating_sub(*share);
@@ -176,7 +182,13 @@ fn in_granules(shares: &[u64], claims: &[Claim], start: usize) -> Vec<u64> {
     gathered
 }
 
-fn explain(round: &Round<'_>, demand_bytes: u64, giver: &Giver, plan: &mut Plan<'_>) {
+/// Says why it gives, of a demand and as much of it as lacks in the budget.
+fn explain(
+    round: &Round<'_>,
+    (demand_bytes, budget_bytes): (u64, u64),
+    giver: &Giver,
+    plan: &mut Plan<'_>,
+) {
     if giver.given_bytes == 0 {
         let why = Spared::Enough;
         plan.reason = Reason::Spared { demand_bytes, why };
@@ -194,6 +206,7 @@ fn explain(round: &Round<'_>, demand_bytes: u64, giver: &Giver, plan: &mut Plan<
     };
     plan.reason = Reason::Gives {
         demand_bytes,
+        budget_bytes,
         available_bytes: round.host.available_bytes,
         expected_bytes: round.host.expected_bytes,
         high_bytes: round.host.high_bytes,

@@ -10,32 +10,53 @@ use super::{
     types::{HostSample, NodeId, NodeTarget, VmSample},
 };
 
-/// A part of the host with a demand of its own.
+/// Where memory is lacking.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Place {
+    Host,
+    /// A node, and how much a VM helps of which it is not known where it is.
+    Node(NodeId, f64),
+    /// The budget of limits.
+    Budget,
+}
+
+/// A place with a demand of its own.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Domain {
-    /// `None`: the whole host.
-    pub(super) node: Option<NodeId>,
+    pub(super) place: Place,
     /// What guests should give there.
     pub(super) demand_bytes: u64,
-    /// Its part of the host's memory.
-    part: f64,
 }
 
 /// Divides the demand over the nodes: each at least what it lacks itself, the rest by size. What is
 /// on its way is expected everywhere in the same proportion.
+///
+/// A node may lack memory for ever although the host does not: something else is on it. So its own lack is for
+/// those alone that are known to be there.
 pub(super) fn domains(
     host: &HostSample,
     demand_bytes: u64,
     by_node: Vec<u64>,
     pending_bytes: u64,
+    vms: &[VmSample],
 ) -> Vec<Domain> {
     if host.nodes.len() < 2 {
         return vec![Domain {
-            node: None,
+            place: Place::Host,
             demand_bytes,
-            part: 1.0,
         }];
     }
+    let is_there = |vm: &VmSample, node: NodeId| {
+        let mut nodes = vm.nodes.iter();
+        nodes.any(|at| at.node == node && at.current_bytes > 0)
+    };
+    let nodes = host.nodes.iter().zip(by_node);
+    let by_node: Vec<u64> = nodes
+        .map(|(node, lacks)| {
+            let known = vms.iter().any(|vm| is_there(vm, node.node));
+            if known { lacks } else { 0 }
+        })
+        .collect();
     let lacking: u64 = by_node.iter().copied().fold(0, u64::saturating_add);
     let arriving = ratio(pending_bytes, lacking).min(1.0);
     let still = scaled(lacking, 1.0 - arriving);
@@ -45,10 +66,10 @@ pub(super) fn domains(
     nodes
         .map(|(node, lacks)| {
             let part = ratio(node.total_bytes, total);
+            let unknown = if rest > 0 { part } else { 0.0 };
             Domain {
-                node: Some(node.node),
+                place: Place::Node(node.node, unknown),
                 demand_bytes: scaled(lacks, 1.0 - arriving) + scaled(rest, part),
-                part,
             }
         })
         .collect()
@@ -59,15 +80,17 @@ pub(super) fn by_node(vm: &VmSample) -> bool {
     vm.capabilities.per_node_targets && !vm.nodes.is_empty()
 }
 
-/// The part of the VM's memory that lies in the domain. Where that is not known, the domain's part
+/// The part of the VM's memory that helps where the domain is. Where its nodes are not known, the node's part
 /// of the host.
 pub(super) fn part_on(vm: &VmSample, domain: &Domain) -> f64 {
-    let Some(node) = domain.node else {
-        return 1.0;
+    let (node, unknown) = match domain.place {
+        Place::Host => return 1.0,
+        Place::Budget => return if vm.limited { 1.0 } else { 0.0 },
+        Place::Node(node, unknown) => (node, unknown),
     };
     let all: u64 = vm.nodes.iter().map(|node| node.current_bytes).sum();
     if all == 0 {
-        return domain.part;
+        return unknown;
     }
     let here = vm.nodes.iter().filter(|sample| sample.node == node);
     ratio(here.map(|sample| sample.current_bytes).sum(), all)

@@ -61,6 +61,8 @@ pub enum Reason {
     Gives {
         /// What all guests together are asked for.
         demand_bytes: u64,
+        /// As much of it lacks in the budget of limits, and not on the host.
+        budget_bytes: u64,
         /// What the host has available.
         available_bytes: u64,
         /// What will be available soon, if it goes on falling as it does.
@@ -238,6 +240,7 @@ impl fmt::Display for Reason {
             ),
             Self::Gives {
                 demand_bytes,
+                budget_bytes,
                 available_bytes,
                 expected_bytes,
                 high_bytes,
@@ -246,7 +249,12 @@ impl fmt::Display for Reason {
                 bound,
             } => write!(
                 f,
-                "host lacks {} ({}, high {}): gives {} of {} above its floor, {bound}",
+                "{} lacks {} ({}, high {}): gives {} of {} above its floor, {bound}",
+                match budget_bytes {
+                    0 => "host",
+                    budget if budget < demand_bytes => "host, with the budget,",
+                    _ => "budget",
+                },
                 Size(demand_bytes),
                 Available(available_bytes, expected_bytes),
                 Size(high_bytes),

@@ -224,6 +224,8 @@ pub struct VmSample {
     pub floor_override: bool,
     /// The guest's memory, balloon included (its boot size).
     pub memory_bytes: u64,
+    /// Memory besides, of which the balloon knows nothing.
+    pub other_bytes: u64,
     /// What the VM occupies on the host (`memory.current`); `None` without a cgroup of its own.
     pub current_bytes: Option<u64>,
     /// What of its memory is swapped out by the host.
@@ -238,6 +240,8 @@ pub struct VmSample {
     pub pressure: Option<Pressure>,
     /// Limits of the VM's cgroup.
     pub limits: MemoryLimits,
+    /// Its limit comes out of the budget.
+    pub limited: bool,
     /// By host node; empty if it is not known.
     pub nodes: Vec<VmNodeSample>,
     /// What its hypervisor can do.
@@ -261,6 +265,7 @@ impl VmSample {
             manual_target_bytes: None,
             floor_override: false,
             memory_bytes,
+            other_bytes: 0,
             current_bytes: None,
             swap_current_bytes: None,
             ballooned_bytes: 0,
@@ -268,6 +273,7 @@ impl VmSample {
             guest: GuestMemory::default(),
             pressure: None,
             limits: MemoryLimits::default(),
+            limited: false,
             nodes: Vec::new(),
             traits: HypervisorTraits::default(),
             capabilities: Capabilities::default(),
@@ -290,6 +296,8 @@ pub struct Sample {
     pub at: Duration,
     /// The host.
     pub host: HostSample,
+    /// What VMs with a limit need, whatever their balloons do, and the budget does not hold.
+    pub wanting_bytes: u64,
     /// Every VM, in the order of their names.
     pub vms: Vec<VmSample>,
 }

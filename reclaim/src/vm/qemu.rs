@@ -7,7 +7,7 @@
 //! QMP counts memory *left to the guest*. QEMU does not tell the target, so the last one that was set
 //! counts. Statistics are polled by QEMU itself at an interval that is set here.
 //!
-//! Source: QEMU's `qapi/machine.json` (balloon, query-balloon, query-memory-size-summary),
+//! Source: QEMU's `qapi/machine.json` (balloon, query-balloon, query-memory-size-summary, query-memory-devices),
 //! `docs/interop/virtio-balloon-stats.rst`.
 
 use std::{
@@ -100,7 +100,9 @@ impl Qemu {
         self.monitor.next_event(wait)
     }
 
-    fn memory_bytes(&mut self) -> Result<u64, VmError> {
+    /// The memory that the balloon is about, and what there is besides. Of what is plugged in QEMU's balloon counts
+    /// DIMMs and nothing else (`get_current_ram_size()` in `hw/virtio/virtio-balloon.c`).
+    fn memory_bytes(&mut self) -> Result<(u64, u64), VmError> {
         #[derive(Deserialize)]
         #[serde(rename_all = "kebab-case")]
         struct Summary {
@@ -108,8 +110,28 @@ impl Qemu {
             #[serde(default)]
             plugged_memory: u64,
         }
+        #[derive(Deserialize)]
+        struct Device {
+            #[serde(rename = "type")]
+            kind: String,
+            data: DeviceData,
+        }
+        #[derive(Deserialize)]
+        struct DeviceData {
+            #[serde(default)]
+            size: u64,
+        }
         let summary: Summary = self.monitor.execute("query-memory-size-summary", None)?;
-        Ok(summary.base_memory.saturating_add(summary.plugged_memory))
+        if summary.plugged_memory == 0 {
+            return Ok((summary.base_memory, 0));
+        }
+        let devices: Vec<Device> = self.monitor.execute("query-memory-devices", None)?;
+        let dimms = devices.iter().filter(|device| device.kind == "dimm");
+        let dimm_bytes = dimms.fold(0_u64, |sum, dimm| sum.saturating_add(dimm.data.size));
+        Ok((
+            summary.base_memory.saturating_add(dimm_bytes),
+            summary.plugged_memory.saturating_sub(dimm_bytes),
+        ))
     }
 
     fn guest(&mut self) -> Result<GuestMemory, VmError> {
@@ -163,7 +185,7 @@ impl Vm for Qemu {
         struct Status {
             running: bool,
         }
-        let memory_bytes = self.memory_bytes()?;
+        let (memory_bytes, other_bytes) = self.memory_bytes()?;
         let status: Status = self.monitor.execute("query-status", None)?;
         // Before its driver is up the guest has no balloon; that is not an error.
         let (ballooned_bytes, active) = match self.monitor.execute::<Left>("query-balloon", None) {
@@ -175,6 +197,7 @@ impl Vm for Qemu {
         let guest_stats = self.polling && guest.age.is_some();
         Ok(Observation {
             memory_bytes,
+            other_bytes,
             target_bytes: self.target_bytes,
             ballooned_bytes,
             running: active && status.running,
@@ -189,7 +212,7 @@ impl Vm for Qemu {
 
     fn set_target_bytes(&mut self, bytes: u64) -> Result<(), VmError> {
         // QEMU refuses to leave nothing.
-        let left = self.memory_bytes()?.saturating_sub(bytes).max(1 << 20);
+        let left = self.memory_bytes()?.0.saturating_sub(bytes).max(1 << 20);
         self.monitor
             .execute::<Value>("balloon", Some(json!({ "value": left })))?;
         self.target_bytes = Some(bytes);
