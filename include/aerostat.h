@@ -17,7 +17,8 @@
  *                are always those of the balloon, in bytes, never of the memory that is left.
  *   inflate      to put pages in; deflate: to take them out; report: to tell of pages that are free
  *                at the moment and stay the guest's.
- *   discard      to free the host memory behind a page. The guest finds zeros there afterwards.
+ *   discard      to free the host memory behind a page. The guest finds zeros there afterwards; in a
+ *                private mapping of a file it finds the file's contents (AEROSTAT_REGION_SHARED).
  *   gpa, hva     guest physical address; host virtual address, in this process.
  *   region       a contiguous piece of guest memory. table: all regions of a guest.
  *   frame        a page of the host, where that is larger than 4096 bytes.
@@ -156,7 +157,14 @@
 /** Patch version that this header belongs to. */
 #define AEROSTAT_VERSION_PATCH 0
 
-/** The region is mapped with MAP_SHARED: discarding has to reach the file behind it. */
+/**
+ * The region is mapped with MAP_SHARED: discarding has to reach the file behind it.
+ *
+ * Without it the mapping is private, and discarding drops this process's copies of the pages: the guest
+ * then finds what is in the file behind them, be it told in fd or not, and zeros only where there is
+ * nothing. A private mapping of a file with contents (a snapshot, a template of a guest) has to have
+ * AEROSTAT_REGION_PINNED, since drivers count on zeros in pages that they reported.
+ */
 #define AEROSTAT_REGION_SHARED (1u << 0)
 
 /** The region can never be ballooned: ROM, firmware. Its pages are counted as out of range. */
@@ -164,7 +172,8 @@
 
 /**
  * The region's pages are pinned, by device assignment for instance: discarding them would free
- * nothing or break the device. They can be ballooned, and are counted as skipped_pinned_bytes.
+ * nothing or break the device; or they are private copies of a file's (see AEROSTAT_REGION_SHARED).
+ * They can be ballooned, and are counted as skipped_pinned_bytes.
  */
 #define AEROSTAT_REGION_PINNED (1u << 2)
 
@@ -735,7 +744,10 @@ struct aerostat_guest_stats {
     uint32_t present;
     /** The values, by enum aerostat_stat; 0 where the guest sent none. */
     uint64_t values[16];
-    /** How often the guest has told since the device was activated; 0: it has not yet. */
+    /**
+     * How often the guest has told since the device was made. A reset forgets the values and lets
+     * this go on, so that it says nothing of whether there are any: present does.
+     */
     uint64_t sequence;
     /** How old the values are, in milliseconds; 0 as long as there are none. */
     uint64_t age_ms;
@@ -1183,10 +1195,11 @@ int aerostat_device_activate(struct aerostat_device *device);
  * Stops serving, for a stopped VM or a snapshot, and waits until nothing is in flight (invariant
  * I2). Pausing a paused device does nothing.
  *
- * All submitted elements are served first, and their completions can be collected, but for the
- * buffer of the stats queue, which stays with the device. From then on guest memory is neither read
- * nor written nor discarded. Kicks that come meanwhile are served after aerostat_device_resume();
- * elements are refused.
+ * All submitted elements are served first, and their completions can be collected, but for buffers
+ * with which the device waits until there is something to say: that of the stats queue, and those of
+ * a memory balloon's queue 0. They stay with the device until aerostat_device_stop_queue() hands them
+ * back. From then on guest memory is neither read nor written nor discarded. Kicks that come
+ * meanwhile are served after aerostat_device_resume(); elements are refused.
  *
  * Returns: 0, or -ENOTCONN (it was not activated, or needs a reset), -EFAULT (device is NULL).
  *
@@ -1378,7 +1391,8 @@ int aerostat_device_stop_queue(struct aerostat_device *device,
  * Returns: 0, or -ENOENT (the kind of device has no such queue, or no ring is started there),
  * -EBADF (call_fd is neither -1 nor an open eventfd), -EFAULT (device is NULL).
  *
- * Lifetime: call_fd is duplicated.
+ * Lifetime: call_fd is duplicated. Eventfds become non-blocking, which they share with the caller's
+ * descriptors.
  *
  * Threads: any.
  */
@@ -1393,7 +1407,8 @@ int aerostat_device_set_queue_call(struct aerostat_device *device,
  * Each element is completed exactly once (invariant I2), after its pages were discarded where the
  * guest may count on it: those of one queue in the order in which they were submitted, those of
  * different queues in any order. The buffer of the stats queue is held until
- * aerostat_device_guest_stats() asks for news (requirement S8).
+ * aerostat_device_guest_stats() asks for news (requirement S8), those of a memory balloon's queue 0
+ * until there is a minimum to tell (R7).
  *
  * Returns: 0, or
  * -EAGAIN (too many elements wait: collect completions first),

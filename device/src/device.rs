@@ -200,14 +200,12 @@ impl Device {
     /// queue was started.
     pub fn set_features(&self, features: u64) -> Result<()> {
         let protocol = &self.shared.protocol;
+        let mut service = self.shared.service.lock();
         let acceptable = refuse_others(features, protocol.offered())
-            .and_then(|()| protocol.check_features(features));
+            .and_then(|()| protocol.check_features(features))
+            .and_then(|()| service.expect_fresh());
         self.shared.count_handshake(acceptable.is_ok());
         acceptable?;
-        let mut service = self.shared.service.lock();
-        if service.state != DeviceState::Configuring || service.queues.started() != 0 {
-            return Err(Error::AlreadyStarted("the device"));
-        }
         service.queues.forget();
         service.features = Some(features);
         service.open_window(&**protocol, &self.shared.books);

@@ -325,7 +325,7 @@ pub const STATS_TAGS: usize = 16;
 pub struct GuestStats {
     /// Values by tag: 0 SWAP_IN to 15 DIRECT_RECLAIM (requirement S8).
     pub values: [Option<u64>; STATS_TAGS],
-    /// How often the guest has answered since the device was activated; 0 is never.
+    /// How often the guest has answered since the device was made; it goes on over resets.
     pub sequence: u64,
     /// When this answer came; `None` if none came yet.
     pub received: Option<Instant>,

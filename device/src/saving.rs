@@ -59,9 +59,7 @@ impl Device {
     pub fn restore(&self, bytes: &[u8]) -> Result<()> {
         let shared = &self.shared;
         let mut service = shared.service.lock();
-        if service.state != DeviceState::Configuring || service.queues.started() != 0 {
-            return Err(Error::AlreadyStarted("the device"));
-        }
+        service.expect_fresh()?;
         let Some(balloon) = &mut service.balloon else {
             return Err(Error::NotReady("set the memory table"));
         };

@@ -110,6 +110,14 @@ impl Service {
         Ok((features, balloon))
     }
 
+    /// Fails once the driver has begun: what it selected stays until the device is reset.
+    pub(crate) fn expect_fresh(&self) -> Result<()> {
+        if self.state != DeviceState::Configuring || self.queues.started() != 0 {
+            return Err(Error::AlreadyStarted("the device"));
+        }
+        Ok(())
+    }
+
     /// Lets pages wait before they are discarded, alone or for the rest of a huge frame, if the driver promised
     /// to tell before it uses them.
     pub(crate) fn open_window(&mut self, protocol: &dyn Protocol, books: &Books) {

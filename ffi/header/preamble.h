@@ -17,7 +17,8 @@
  *                are always those of the balloon, in bytes, never of the memory that is left.
  *   inflate      to put pages in; deflate: to take them out; report: to tell of pages that are free
  *                at the moment and stay the guest's.
- *   discard      to free the host memory behind a page. The guest finds zeros there afterwards.
+ *   discard      to free the host memory behind a page. The guest finds zeros there afterwards; in a
+ *                private mapping of a file it finds the file's contents (AEROSTAT_REGION_SHARED).
  *   gpa, hva     guest physical address; host virtual address, in this process.
  *   region       a contiguous piece of guest memory. table: all regions of a guest.
  *   frame        a page of the host, where that is larger than 4096 bytes.

@@ -249,10 +249,11 @@ pub unsafe extern "C" fn aerostat_device_activate(device: *mut aerostat_device) 
 /// Stops serving, for a stopped VM or a snapshot, and waits until nothing is in flight (invariant
 /// I2). Pausing a paused device does nothing.
 ///
-/// All submitted elements are served first, and their completions can be collected, but for the
-/// buffer of the stats queue, which stays with the device. From then on guest memory is neither read
-/// nor written nor discarded. Kicks that come meanwhile are served after aerostat_device_resume();
-/// elements are refused.
+/// All submitted elements are served first, and their completions can be collected, but for buffers
+/// with which the device waits until there is something to say: that of the stats queue, and those of
+/// a memory balloon's queue 0. They stay with the device until aerostat_device_stop_queue() hands them
+/// back. From then on guest memory is neither read nor written nor discarded. Kicks that come
+/// meanwhile are served after aerostat_device_resume(); elements are refused.
 ///
 /// Returns: 0, or -ENOTCONN (it was not activated, or needs a reset), -EFAULT (device is NULL).
 ///

@@ -72,7 +72,8 @@ const _: () = assert!(size_of::<aerostat_completion>() == 16);
 /// Each element is completed exactly once (invariant I2), after its pages were discarded where the
 /// guest may count on it: those of one queue in the order in which they were submitted, those of
 /// different queues in any order. The buffer of the stats queue is held until
-/// aerostat_device_guest_stats() asks for news (requirement S8).
+/// aerostat_device_guest_stats() asks for news (requirement S8), those of a memory balloon's queue 0
+/// until there is a minimum to tell (R7).
 ///
 /// Returns: 0, or
 /// -EAGAIN (too many elements wait: collect completions first),

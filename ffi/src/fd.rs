@@ -35,9 +35,7 @@ pub(crate) fn eventfd_pair(
 
 /// Duplicates an eventfd. The duplicate is what is checked, so the caller cannot swap it meanwhile.
 fn eventfd(what: &'static str, fd: RawFd) -> Outcome<OwnedFd> {
-    let Some(duplicate) = duplicate(fd) else {
-        return Err(not_an_eventfd(what, fd).into());
-    };
+    let duplicate = duplicate(fd, || not_an_eventfd(what, fd))?;
     // Eventfds are told apart only by /proc. Where there is none (a jail), the caller is believed.
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", duplicate.as_raw_fd()));
     match info {
@@ -86,7 +84,7 @@ pub(crate) fn region_file(fd: RawFd, writable: bool) -> Outcome<RegionFile> {
         fd,
         expected,
     };
-    let duplicate = duplicate(fd).ok_or_else(|| bad(REGION_FILE))?;
+    let duplicate = duplicate(fd, || bad(REGION_FILE))?;
     let status = stat(&duplicate)?;
     if status.st_mode & libc::S_IFMT != libc::S_IFREG {
         return Err(bad(REGION_FILE).into());
@@ -108,12 +106,26 @@ fn is_open(fd: RawFd) -> bool {
     unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
 }
 
-/// A duplicate of `fd` that is closed on exec; `None` if `fd` is not open.
-fn duplicate(fd: RawFd) -> Option<OwnedFd> {
+/// A duplicate of `fd` that is closed on exec; `closed` is the error if `fd` is not open.
+fn duplicate(fd: RawFd, closed: impl FnOnce() -> Error) -> Outcome<OwnedFd> {
     // SAFETY: F_DUPFD_CLOEXEC takes a number, and fails for a descriptor that is not open.
     let duplicate = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    if duplicate < 0 {
+        return Err(not_duplicated(io::Error::last_os_error(), closed).into());
+    }
     // SAFETY: a descriptor that was just made belongs to nobody else.
-    (duplicate >= 0).then(|| unsafe { OwnedFd::from_raw_fd(duplicate) })
+    Ok(unsafe { OwnedFd::from_raw_fd(duplicate) })
+}
+
+/// Only one of the reasons is the caller's descriptor; the process may be out of descriptors, too.
+fn not_duplicated(source: io::Error, closed: impl FnOnce() -> Error) -> Error {
+    match source.raw_os_error() {
+        Some(libc::EBADF) => closed(),
+        _ => Error::Os {
+            what: "a descriptor cannot be duplicated",
+            source,
+        },
+    }
 }
 
 fn stat(fd: &OwnedFd) -> Outcome<libc::stat> {
@@ -170,6 +182,16 @@ mod tests {
         assert!(eventfd("fd", NONE).is_err());
         assert!(optional_eventfd("fd", NONE).unwrap().is_none());
         assert!(optional_eventfd("fd", -2).is_err());
+    }
+
+    #[test]
+    fn a_process_that_is_out_of_descriptors_is_told_so() {
+        let errno = |errno| {
+            let source = io::Error::from_raw_os_error(errno);
+            not_duplicated(source, || not_an_eventfd("fd", 7)).errno()
+        };
+        assert_eq!(errno(libc::EBADF), libc::EBADF);
+        assert_eq!(errno(libc::EMFILE), libc::EMFILE);
     }
 
     #[test]

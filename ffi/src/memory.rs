@@ -12,13 +12,19 @@ use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
 /// The region is mapped with MAP_SHARED: discarding has to reach the file behind it.
+///
+/// Without it the mapping is private, and discarding drops this process's copies of the pages: the guest
+/// then finds what is in the file behind them, be it told in fd or not, and zeros only where there is
+/// nothing. A private mapping of a file with contents (a snapshot, a template of a guest) has to have
+/// AEROSTAT_REGION_PINNED, since drivers count on zeros in pages that they reported.
 pub const AEROSTAT_REGION_SHARED: u32 = 1u32 << 0;
 
 /// The region can never be ballooned: ROM, firmware. Its pages are counted as out of range.
 pub const AEROSTAT_REGION_READONLY: u32 = 1u32 << 1;
 
 /// The region's pages are pinned, by device assignment for instance: discarding them would free
-/// nothing or break the device. They can be ballooned, and are counted as skipped_pinned_bytes.
+/// nothing or break the device; or they are private copies of a file's (see AEROSTAT_REGION_SHARED).
+/// They can be ballooned, and are counted as skipped_pinned_bytes.
 pub const AEROSTAT_REGION_PINNED: u32 = 1u32 << 2;
 
 /// Transparent huge pages of the host may be behind the region (MADV_HUGEPAGE, or a host where they

@@ -178,7 +178,8 @@ pub unsafe extern "C" fn aerostat_device_stop_queue(
 /// Returns: 0, or -ENOENT (the kind of device has no such queue, or no ring is started there),
 /// -EBADF (call_fd is neither -1 nor an open eventfd), -EFAULT (device is NULL).
 ///
-/// Lifetime: call_fd is duplicated.
+/// Lifetime: call_fd is duplicated. Eventfds become non-blocking, which they share with the caller's
+/// descriptors.
 ///
 /// Threads: any.
 #[unsafe(no_mangle)]

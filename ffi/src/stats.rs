@@ -64,7 +64,8 @@ pub struct aerostat_guest_stats {
     pub present: u32,
     /// The values, by enum aerostat_stat; 0 where the guest sent none.
     pub values: [u64; 16],
-    /// How often the guest has told since the device was activated; 0: it has not yet.
+    /// How often the guest has told since the device was made. A reset forgets the values and lets
+    /// this go on, so that it says nothing of whether there are any: present does.
     pub sequence: u64,
     /// How old the values are, in milliseconds; 0 as long as there are none.
     pub age_ms: u64,

@@ -455,6 +455,8 @@ fn calls_in_the_wrong_state_are_told_apart() -> Result<()> {
     guest.start_driver()?;
     assert_errno(guest.device().activate(), libc::EALREADY);
     assert_errno(guest.device().set_features(0), libc::EALREADY);
+    let books = guest.device().counters()?;
+    assert_eq!((books.handshakes, books.handshakes_failed), (1, 1));
     guest.device().pause()?;
     assert_errno(guest.device().activate(), libc::EBUSY);
     Ok(())

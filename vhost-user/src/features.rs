@@ -7,6 +7,8 @@ use aerostat_device::DeviceKind;
 
 const KIND: DeviceKind = DeviceKind::VirtioBalloon;
 
+/// The driver says what it fills free pages with.
+pub(crate) const PAGE_POISON: u64 = 1 << 4;
 /// Queues have the packed layout.
 pub(crate) const RING_PACKED: u64 = 1 << 34;
 
@@ -17,7 +19,7 @@ const CHOICES: [(&str, u64); 10] = [
     ("stats-vq", 1 << 1),
     ("deflate-on-oom", 1 << 2),
     ("free-page-hint", 1 << 3),
-    ("page-poison", 1 << 4),
+    ("page-poison", PAGE_POISON),
     ("page-reporting", 1 << 5),
     ("ring-packed", RING_PACKED),
     ("in-order", 1 << 35),

@@ -40,7 +40,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The program `aerostat-vhost-user`.
 #[must_use]
@@ -55,6 +55,10 @@ pub fn main() -> ExitCode {
 pub fn main_of_rival() -> ExitCode {
     start(Runtime::one_call_a_page)
 }
+
+/// How long threads may take to end. One of them may be held up for ever: by a file of the front-end's whose
+/// file system, in user space, does not answer.
+const END_PATIENCE: Duration = Duration::from_secs(10);
 
 type MakeRuntime = fn(&RuntimeConfig) -> aerostat_device::Result<Arc<Runtime>>;
 
@@ -157,13 +161,14 @@ fn run(arguments: &Arguments, runtime: MakeRuntime) -> Result<(), Box<dyn Error>
             records.next(),
         );
         if let Some(control) = controls.next() {
+            let name = control.path().display().to_string();
             let (vm, shutdown) = (Arc::clone(&vm), Arc::clone(&shutdown));
-            threads.push(spawn("control", move || {
-                control::serve(&control, &vm, &shutdown)
-            })?);
+            let body = move || control::serve(&control, &vm, &shutdown);
+            threads.push((name, spawn("control", body)?));
         }
-        let shutdown = Arc::clone(&shutdown);
-        threads.push(spawn("session", move || serve_vm(&socket, &vm, &shutdown))?);
+        let (name, shutdown) = (vm.name.clone(), Arc::clone(&shutdown));
+        let body = move || serve_vm(&socket, &vm, &shutdown);
+        threads.push((name, spawn("session", body)?));
     }
     log::info!("listening on {} sockets", arguments.socket_path.len());
 
@@ -171,12 +176,27 @@ fn run(arguments: &Arguments, runtime: MakeRuntime) -> Result<(), Box<dyn Error>
     let _ = signals.read(&mut [0]);
     log::info!("shutting down");
     shutdown.raise();
-    for thread in threads {
-        if thread.join().is_err() {
-            log::error!("a thread panicked");
-        }
+    let deadline = Instant::now() + END_PATIENCE;
+    for (socket, thread) in threads {
+        end(&socket, thread, deadline);
     }
     Ok(())
+}
+
+/// Waits for the thread that serves `socket`. One that has not ended by `deadline` is left to the end of the
+/// process, which does not wait for it. Returns whether it ended.
+fn end(socket: &str, thread: thread::JoinHandle<()>, deadline: Instant) -> bool {
+    while !thread.is_finished() {
+        if Instant::now() >= deadline {
+            log::error!("{socket}: its thread does not end; leaving without it");
+            return false;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    if thread.join().is_err() {
+        log::error!("{socket}: its thread panicked");
+    }
+    true
 }
 
 fn spawn(
@@ -278,4 +298,22 @@ fn chain(error: &dyn Error) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn a_thread_that_does_not_end_is_left_behind() {
+        let (release, held) = channel::<()>();
+        let held = spawn("held", move || held.recv().unwrap_or_default()).unwrap();
+        let deadline = Instant::now() + Duration::from_millis(50);
+        assert!(!end("held", held, deadline));
+        drop(release);
+        let free = spawn("free", || ()).unwrap();
+        let deadline = Instant::now() + END_PATIENCE;
+        assert!(end("free", free, deadline));
+    }
 }

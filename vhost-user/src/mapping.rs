@@ -10,7 +10,7 @@
 
 use crate::message::MemRegion;
 use crate::sigbus::Watched;
-use aerostat_device::memory::{Gpa, NodeId};
+use aerostat_device::memory::{BALLOON_PAGE_BYTES, Gpa, NodeId};
 use aerostat_device::{GuestMemory, Region};
 use rustix::fs::{FileType, fstat, fstatfs};
 use rustix::io::Errno;
@@ -33,6 +33,12 @@ const REMOTE_MAGICS: [i128; 6] = [
     0xfe53_4d42,
 ];
 
+/// The most memory that a table may have: as many pages as the balloon's 32-bit page numbers name, 16 TiB. A
+/// file may be sparse, so that a large one costs its owner nothing; but its bitmaps, of which a device has two
+/// with a bit for each page, cost this process address space (1 GiB of it at most), and memory where they are
+/// written.
+const MAX_MEMORY_BYTES: u64 = BALLOON_PAGE_BYTES << 32;
+
 /// Why a memory table was refused.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MapError {
@@ -46,6 +52,8 @@ pub(crate) enum MapError {
     BeyondFile { gpa: u64, end: u64, size: u64 },
     #[error("region at {gpa:#x} and its offset {offset:#x} in the file are aligned differently")]
     Alignment { gpa: u64, offset: u64 },
+    #[error("its regions have {0:#x} bytes together; at most {MAX_MEMORY_BYTES:#x} can be served")]
+    TooLarge(u64),
     #[error("region at {gpa:#x} cannot be mapped")]
     Map {
         gpa: u64,
@@ -162,6 +170,11 @@ impl Slot {
         })
     }
 
+    /// How long it is, as the front-end says.
+    pub(crate) fn len_bytes(&self) -> u64 {
+        self.region.len_bytes
+    }
+
     /// Whether it is the region that a front-end names in order to remove it.
     pub(crate) fn is(&self, region: &MemRegion) -> bool {
         // "The region to be removed is identified by its guest address, user address and size".
@@ -200,6 +213,15 @@ impl Slot {
 /// The guest address of `user_addr`, an address in the front-end's process.
 pub(crate) fn translate(slots: &[Slot], user_addr: u64) -> Option<Gpa> {
     slots.iter().find_map(|slot| slot.translate(user_addr))
+}
+
+/// Refuses a table whose regions, of these lengths, are more than a device has bitmaps for.
+pub(crate) fn check_total(lens_bytes: impl Iterator<Item = u64>) -> Result<(), MapError> {
+    let total = lens_bytes.fold(0, u64::saturating_add);
+    if total > MAX_MEMORY_BYTES {
+        return Err(MapError::TooLarge(total));
+    }
+    Ok(())
 }
 
 /// Checks that no end overflows; returns where the region ends in its file.
@@ -368,6 +390,17 @@ mod tests {
         assert_eq!(usable.hva % 0x1000, 0);
         let tiny = Slot::map(region(0x800, 0x700, 0x800), memfd(0x4000), None).unwrap();
         assert!(tiny.usable.is_none() && tiny.flaw().is_some());
+    }
+
+    #[test]
+    fn a_table_has_at_most_as_many_pages_as_page_numbers_name() {
+        let total = |lens: &[u64]| check_total(lens.iter().copied());
+        assert!(total(&[1 << 43, 1 << 43]).is_ok());
+        assert!(matches!(
+            total(&[1 << 43, 1 << 43, 1]),
+            Err(MapError::TooLarge(0x1000_0000_0001))
+        ));
+        assert!(total(&[u64::MAX, u64::MAX]).is_err());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use common::frontend::{
 };
 use common::{Backend, Control};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::fs::{MemfdFlags, OFlags, fcntl_setfl, memfd_create};
 use serde_json::json;
 use std::fs::File;
 use std::io::Write;
@@ -298,6 +298,29 @@ fn rings_and_memory_that_do_not_fit_are_refused() {
     frontend.start(&guest);
     let mut guest = guest;
     guest.inflate(FIRST_FREE_PFN..FIRST_FREE_PFN + 4);
+    drop(frontend);
+    scene.check_recovery();
+}
+
+/// A sparse file costs its owner nothing, but a bit of a bitmap for each page costs this process.
+#[test]
+fn more_memory_than_page_numbers_can_name_is_refused() {
+    const HALF: u64 = 8 << 40;
+    let mut scene = Scene::new();
+    let sparse = File::from(memfd_create("sparse", MemfdFlags::CLOEXEC).unwrap());
+    sparse.set_len(HALF + 4096).unwrap();
+    let fd = sparse.as_fd();
+    let mut frontend = scene.negotiated();
+    let halves = |len| mem_table(&[[0, HALF, 0, 0], [HALF, len, HALF, 0]]);
+    let small = mem_table(&[[0, MEMORY_BYTES, 0, 0]]);
+    let table = request::SET_MEM_TABLE;
+    assert!(!frontend.tell_with(table, &halves(HALF + 4096), &[fd, fd]));
+    // One region after the other comes to the same.
+    let region = |at: u64, len: u64| [0, at, len, at, 0].map(u64::to_ne_bytes).concat();
+    assert!(frontend.tell_with(table, &small, &[fd]));
+    assert!(frontend.tell_with(request::ADD_MEM_REG, &region(1 << 41, HALF), &[fd]));
+    assert!(!frontend.tell_with(request::ADD_MEM_REG, &region(1 << 45, HALF), &[fd]));
+    scene.check();
     drop(frontend);
     scene.check_recovery();
 }

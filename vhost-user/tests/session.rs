@@ -9,8 +9,8 @@
 mod common;
 
 use common::frontend::{
-    FIRST_FREE_PFN, Frontend, Guest, MEMORY_BYTES, RING_SIZE, USER_BASE, becomes_readable,
-    packed_base, request,
+    F_PAGE_POISON, F_PAGE_REPORTING, FIRST_FREE_PFN, Frontend, Guest, MEMORY_BYTES, RING_SIZE,
+    USER_BASE, becomes_readable, packed_base, request,
 };
 use common::{Backend, eventually};
 use serde_json::json;
@@ -80,6 +80,46 @@ fn the_configuration_space_is_the_devices() {
     assert_eq!(control.query()["actual-bytes"], 3 * 4096);
     assert!(frontend.set_config(4, &9_u32.to_le_bytes()));
     assert_eq!(control.query()["actual-bytes"], 9 * 4096);
+}
+
+/// QEMU's generic device passes `poison_val` on when the driver writes it, with all of the space around it; the
+/// features come when the driver is about to run, and a reset is not told of at all (S10).
+#[test]
+fn poison_that_comes_before_the_features_is_heeded_and_is_no_later_drivers() {
+    const PLAIN: u64 = 1 << 32 | F_PAGE_REPORTING;
+    const POISONED: u64 = PLAIN | F_PAGE_POISON;
+    let directory = tempfile::tempdir().unwrap();
+    let backend = Backend::start(directory.path(), 1);
+    let mut control = backend.control(0);
+    let mut guest = Guest::new();
+    let mut frontend = Frontend::connect(&backend.socket(0));
+    frontend.introduce(POISONED);
+    let mut discarded = 0;
+    for (features, poison) in [
+        (POISONED, Some(0xaaaa_aaaa)),
+        (POISONED, Some(0xaaaa_aaaa)),
+        (POISONED, None),
+        (PLAIN, Some(0xaaaa_aaaa)),
+        (POISONED, Some(0xaaaa_aaaa_u32)),
+        (POISONED, Some(0)),
+    ] {
+        if let Some(poison) = poison {
+            let mut space = frontend.get_config(0, 16);
+            space[12..].copy_from_slice(&poison.to_le_bytes());
+            assert!(frontend.set_config(0, &space));
+            assert_eq!(frontend.get_config(0, 16), space);
+        }
+        assert!(frontend.set_features(features));
+        frontend.start(&guest);
+        guest.touch(PAGES);
+        guest.report(PAGES);
+        let poisoned = features == POISONED && poison.is_some_and(|poison| poison != 0);
+        discarded += if poisoned { 0 } else { PAGES_BYTES };
+        assert_eq!(control.counter("report-discarded-bytes"), discarded);
+        frontend.stop(&guest);
+        guest.reset_driver();
+    }
+    assert_eq!(control.counter("config-errors"), 0);
 }
 
 #[test]

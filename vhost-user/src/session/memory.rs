@@ -3,7 +3,7 @@
 //! Specification: vhost-user, SET_MEM_TABLE, ADD_MEM_REG, REM_MEM_REG.
 
 use super::{Refusal, Session};
-use crate::mapping::{MemoryTable, Slot};
+use crate::mapping::{MemoryTable, Slot, check_total};
 use crate::message::{MemRegion, Message, Request};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -26,6 +26,8 @@ impl Session<'_> {
                 if slots.len() >= MAX_MEM_SLOTS {
                     return Err(Refusal::TooManyRegions(MAX_MEM_SLOTS));
                 }
+                let before = slots.iter().map(Slot::len_bytes);
+                check_total(before.chain([region.len_bytes]))?;
                 slots.push(self.map(region, message.single_fd()?)?);
             }
             Request::RemMemReg => {
@@ -41,6 +43,7 @@ impl Session<'_> {
             }
             _ => {
                 let regions = message.mem_table()?;
+                check_total(regions.iter().map(|region| region.len_bytes))?;
                 slots = regions
                     .into_iter()
                     .zip(message.fds.drain(..))

@@ -14,6 +14,7 @@
 
 mod error;
 mod memory;
+mod poison;
 mod rings;
 
 use crate::channel::{BackendChannel, ChannelError, MainChannel};
@@ -56,6 +57,8 @@ struct Session<'a> {
     slots: Vec<Slot>,
     memory: Option<Arc<GuestMemory>>,
     rings: Vec<Ring>,
+    /// The `poison_val` of a driver that does not run yet (`poison`).
+    poison: Option<[u8; 4]>,
     /// The configuration changed and the front-end has not been told.
     config_changed: bool,
     broken: bool,
@@ -125,6 +128,7 @@ impl<'a> Session<'a> {
             rings: (0..attached.device.kind().queues())
                 .map(|_| Ring::default())
                 .collect(),
+            poison: None,
             config_changed: false,
             broken: false,
         }
@@ -249,6 +253,7 @@ impl<'a> Session<'a> {
             Request::ResetOwner | Request::ResetDevice => {
                 message.empty()?;
                 self.reset();
+                self.poison = None;
             }
             Request::SetFeatures => self.set_features(message.number()?)?,
             Request::SetProtocolFeatures => self.set_protocol_features(message.number()?)?,
@@ -328,6 +333,7 @@ impl<'a> Session<'a> {
         let status = u8::try_from(value).map_err(|_| Refusal::Value(value))?;
         self.status = status & !STATUS_NEEDS_RESET;
         if status == 0 {
+            self.poison = None;
             for index in 0..self.device().kind().queues() {
                 self.stop(index);
             }
@@ -342,6 +348,7 @@ impl<'a> Session<'a> {
         let config = message.config()?;
         let mut data = vec![0; config.data.len()];
         self.device().read_config(config.offset.into(), &mut data);
+        self.show_poison(config.offset, &mut data);
         let mut payload = message.payload.clone();
         let head = payload.len() - data.len();
         payload.truncate(head);
@@ -349,12 +356,11 @@ impl<'a> Session<'a> {
         Ok(Answer::Payload(payload))
     }
 
-    fn set_config(&self, message: &Message) -> Result<(), Refusal> {
+    fn set_config(&mut self, message: &Message) -> Result<(), Refusal> {
         let config = message.config()?;
-        if self
-            .device()
-            .write_config(config.offset.into(), config.data)
-        {
+        let mut data = config.data.to_vec();
+        self.keep_poison(config.offset, &mut data);
+        if self.device().write_config(config.offset.into(), &data) {
             self.vm.actual_changed();
         }
         Ok(())

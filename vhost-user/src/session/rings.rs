@@ -143,6 +143,7 @@ impl Session<'_> {
         }
         self.begin_again_if_new_driver(index)?;
         self.select_features()?;
+        self.give_poison();
         let queue = self.queue(index)?;
         let slots = std::mem::take(&mut self.slots);
         let memory = self.memory.clone();

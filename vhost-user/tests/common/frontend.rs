@@ -28,8 +28,14 @@ pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 pub const PROTOCOL_FEATURES: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15 | 1 << 16;
 /// VERSION_1, STATS_VQ, MUST_TELL_HOST: plain rings without event indexes.
 pub const FEATURES: u64 = 1 << 32 | 1 << 1 | 1 << 0;
+/// PAGE_POISON.
+pub const F_PAGE_POISON: u64 = 1 << 4;
+/// PAGE_REPORTING.
+pub const F_PAGE_REPORTING: u64 = 1 << 5;
 /// RING_PACKED.
 pub const F_RING_PACKED: u64 = 1 << 34;
+/// A descriptor's flag: its buffer is for the device to write to.
+const DEVICE_WRITES: u16 = 2;
 /// The marks of a packed descriptor, each equal to the lap's wrap counter: available, used.
 const PACKED_AVAIL: u16 = 1 << 7;
 const PACKED_USED: u16 = 1 << 15;
@@ -234,6 +240,13 @@ impl Guest {
         self.offer_pfns(1, pfns);
     }
 
+    /// Reports pages that are free, on ring 2, and waits for the acknowledgement.
+    pub fn report(&mut self, pfns: std::ops::Range<u32>) {
+        let len = (pfns.end - pfns.start) * 4096;
+        self.offer(2, u64::from(pfns.start) * 4096, len, DEVICE_WRITES);
+        self.wait_used(2);
+    }
+
     /// A driver that starts afresh.
     pub fn reset_driver(&mut self) {
         for index in 0..self.rings.len() {
@@ -356,6 +369,12 @@ impl Frontend {
     }
 
     fn negotiate_with(&mut self, selected: u64) {
+        self.introduce(selected);
+        assert!(self.set_features(selected));
+    }
+
+    /// All that but the selection, which QEMU's generic device sends when the driver is about to run.
+    pub fn introduce(&mut self, selected: u64) {
         let offered = self.ask_u64(GET_FEATURES);
         assert_eq!(offered & F_PROTOCOL_FEATURES, F_PROTOCOL_FEATURES);
         assert_eq!(offered & selected, selected);
@@ -366,8 +385,12 @@ impl Frontend {
         let payload = PROTOCOL_FEATURES.to_ne_bytes();
         assert!(self.send_raw(&Self::encode(SET_PROTOCOL_FEATURES, 1, &payload), &[]));
         assert!(self.tell(SET_OWNER, &[]));
+    }
+
+    /// Selects features, and those of the protocol.
+    pub fn set_features(&mut self, selected: u64) -> bool {
         let features = selected | F_PROTOCOL_FEATURES;
-        assert!(self.tell(SET_FEATURES, &features.to_ne_bytes()));
+        self.tell(SET_FEATURES, &features.to_ne_bytes())
     }
 
     pub fn set_mem_table(&mut self, guest: &Guest) -> bool {

@@ -130,6 +130,20 @@ static uint32_t guest_node(const Section *section)
 }
 
 /*
+ * Whether discarding would show the guest what is in a file. A private mapping
+ * of a memfd, or of huge pages, has an empty one behind it.
+ */
+static bool has_contents_behind(const Section *section)
+{
+    RAMBlock *rb = section->mr->ram_block;
+
+    return !qemu_ram_is_shared(rb) &&
+        qemu_ram_pagesize(rb) == qemu_real_host_page_size() &&
+        object_dynamic_cast(memory_region_owner(section->mr),
+                            TYPE_MEMORY_BACKEND_FILE);
+}
+
+/*
  * The whole pages of a section: those of huge page backings stick out of the
  * sections that a PC's first megabyte is cut into.
  */
@@ -158,6 +172,9 @@ static bool section_region(const Section *section,
         region->flags = AEROSTAT_REGION_SHARED;
         region->fd = fd;
         region->fd_offset_bytes = offset + rb->fd_offset;
+    }
+    if (has_contents_behind(section)) {
+        region->flags |= AEROSTAT_REGION_PINNED;
     }
     return true;
 }

@@ -117,7 +117,7 @@ static void get_guest_stats(Object *obj, Visitor *v, const char *name,
     if (s->core.device) {
         aerostat_device_guest_stats(s->core.device, 0, &stats);
     }
-    if (stats.sequence) {
+    if (stats.present) {
         updated = (g_get_real_time() / 1000 - (int64_t)stats.age_ms) / 1000;
     }
     if (!visit_start_struct(v, name, NULL, 0, errp)) {
