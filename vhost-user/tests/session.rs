@@ -113,7 +113,8 @@ fn poison_that_comes_before_the_features_is_heeded_and_is_no_later_drivers() {
         frontend.start(&guest);
         guest.touch(PAGES);
         guest.report(PAGES);
-        let poisoned = features == POISONED && poison.is_some_and(|poison| poison != 0);
+        // A driver that told nobody here told a back-end that was there before.
+        let poisoned = features == POISONED && poison != Some(0);
         discarded += if poisoned { 0 } else { PAGES_BYTES };
         assert_eq!(control.counter("report-discarded-bytes"), discarded);
         frontend.stop(&guest);

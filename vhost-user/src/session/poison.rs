@@ -6,8 +6,11 @@
 //! still has the last driver's. Lost, it would have pages discarded in which the guest expects its poison
 //! (requirement S10).
 //!
-//! So what comes while no ring runs is kept. The device gets it when a ring starts, if it begins then with
+//! So what comes while no ring runs is kept. The device gets it when the first ring starts, if it begins then with
 //! PAGE_POISON; in any case it is forgotten: it is no later driver's.
+//!
+//! A driver with PAGE_POISON always writes the value. Where none came, it went to a back-end that was there
+//! before, and may be anything: nothing that is reported is discarded until the driver begins again.
 
 use super::Session;
 use crate::features::PAGE_POISON;
@@ -15,6 +18,8 @@ use aerostat_device::{DeviceKind, DeviceState};
 
 /// Where `poison_val` is in the configuration space.
 const OFFSET: u32 = 12;
+/// What stands for a value that nobody knows.
+const UNKNOWN: [u8; 4] = [0xff; 4];
 
 /// `poison_val` in `data`, which is at `offset` of the configuration space, if all of it is there: the standard
 /// has drivers access a field as a whole.
@@ -46,9 +51,10 @@ impl Session<'_> {
 
     /// Gives the value that is kept to a device that is about to begin, and has the driver's features.
     pub(super) fn give_poison(&mut self) {
-        let Some(value) = self.poison.take() else {
+        if self.rings.iter().any(|ring| ring.started) {
             return;
-        };
+        }
+        let value = self.poison.take().unwrap_or(UNKNOWN);
         let device = self.device();
         if device.state() == DeviceState::Configuring && device.features() & PAGE_POISON != 0 {
             device.write_config(OFFSET.into(), &value);
