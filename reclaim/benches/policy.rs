@@ -28,7 +28,7 @@ fn crowd(count: u64) -> Sample {
         vm
     });
     Sample {
-        wanting_bytes: 0,
+        budget: None,
         at: Duration::ZERO,
         host: HostSample {
             total_bytes: count * 1024 * MIB,

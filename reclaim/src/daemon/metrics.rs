@@ -23,7 +23,7 @@ use crate::engine::{
 
 /// The most that is read of a request.
 const REQUEST_LIMIT_BYTES: usize = 8 << 10;
-/// How long a scraper may take to ask, and then to take a part of its answer.
+/// How long a scraper may take to ask, and then to take its answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -192,15 +192,10 @@ pub fn serve(address: SocketAddr, status: Arc<RwLock<Arc<Status>>>) -> io::Resul
 
 fn answer(mut stream: TcpStream, status: &RwLock<Arc<Status>>) -> io::Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    stream.set_write_timeout(Some(PATIENCE))?;
     let mut request = Vec::new();
     let mut chunk = [0; 1024];
     while !request.windows(4).any(|end| end == b"\r\n\r\n") {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.set_read_timeout(Some(left))?;
+        stream.set_read_timeout(Some(until(deadline)?))?;
         let count = stream.read(&mut chunk)?;
         if count == 0 || request.len() > REQUEST_LIMIT_BYTES {
             return Ok(());
@@ -234,8 +229,24 @@ fn answer(mut stream: TcpStream, status: &RwLock<Arc<Status>>) -> io::Result<()>
         "HTTP/1.1 {code}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
         body.len()
     );
-    stream.write_all(head.as_bytes())?;
-    stream.write_all(body.as_bytes())
+    let answer = head + &body;
+    let mut rest = answer.as_bytes();
+    let deadline = Instant::now() + PATIENCE;
+    while !rest.is_empty() {
+        stream.set_write_timeout(Some(until(deadline)?))?;
+        let written = stream.write(rest)?;
+        rest = rest.get(written..).unwrap_or_default();
+    }
+    Ok(())
+}
+
+/// What is left of the time.
+fn until(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    Ok(left)
 }
 
 #[cfg(test)]

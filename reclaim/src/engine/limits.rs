@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use crate::{
@@ -18,6 +19,9 @@ pub(super) const CGROUP_MOUNT: &str = "/sys/fs/cgroup";
 pub(super) struct VmLimits {
     cgroup: Cgroup,
     max_slack_bytes: Option<u64>,
+    /// Lifted for good: a step that was under way must not write them again.
+    without_max: AtomicBool,
+    without_high: AtomicBool,
 }
 
 impl VmLimits {
@@ -25,6 +29,8 @@ impl VmLimits {
         Self {
             cgroup,
             max_slack_bytes,
+            without_max: AtomicBool::new(false),
+            without_high: AtomicBool::new(false),
         }
     }
 
@@ -37,13 +43,19 @@ impl VmLimits {
     /// # Errors
     /// The cgroup is gone, or cannot be written.
     pub(super) fn lift(&self, keep_high: bool) -> Result<(), CgroupError> {
-        if self.max_slack_bytes.is_some() {
+        self.without_max.store(true, Ordering::SeqCst);
+        self.without_high.store(!keep_high, Ordering::SeqCst);
+        self.keep_lifted()
+    }
+
+    fn keep_lifted(&self) -> Result<(), CgroupError> {
+        if self.max_slack_bytes.is_some() && self.without_max.load(Ordering::SeqCst) {
             self.cgroup.set_max_bytes(None)?;
         }
-        if keep_high {
-            return Ok(());
+        if self.without_high.load(Ordering::SeqCst) {
+            self.cgroup.set_high_bytes(None)?;
         }
-        self.cgroup.set_high_bytes(None)
+        Ok(())
     }
 }
 
@@ -58,7 +70,8 @@ impl LimitFile for VmLimits {
 
     fn set_limit_bytes(&self, limit: u64) -> Result<(), CgroupError> {
         let Some(slack) = self.max_slack_bytes else {
-            return self.cgroup.set_high_bytes(Some(limit));
+            self.cgroup.set_high_bytes(Some(limit))?;
+            return self.keep_lifted();
         };
         // memory.max kills: it is never below memory.high, not even between the two writes.
         let max = Some(limit.saturating_add(slack));
@@ -69,11 +82,12 @@ impl LimitFile for VmLimits {
             .is_none_or(|high| high > limit)
         {
             self.cgroup.set_high_bytes(Some(limit))?;
-            self.cgroup.set_max_bytes(max)
+            self.cgroup.set_max_bytes(max)?;
         } else {
             self.cgroup.set_max_bytes(max)?;
-            self.cgroup.set_high_bytes(Some(limit))
+            self.cgroup.set_high_bytes(Some(limit))?;
         }
+        self.keep_lifted()
     }
 }
 

@@ -169,7 +169,7 @@ impl Engine {
                         let changed = outcome.is_ok();
                         // Who asked may have gone.
                         let _ = answer.try_send(outcome);
-                        if changed {
+                        if changed || Instant::now() >= due {
                             break;
                         }
                     }
@@ -203,6 +203,7 @@ impl Engine {
         self.set_budget();
         self.observe();
         self.adopt();
+        self.count_budget();
         let mut decisions = self.policy.decide(&self.sample);
         self.keep_floors(&mut decisions);
         self.explain(&decisions);

@@ -41,7 +41,6 @@ impl Engine {
                 }
                 member.note(vm, Where::Cgroup, error.map(|error| error.to_string()));
             }
-            sample.limited = member.limited;
             samples.push(sample);
         }
         self.sample.vms = samples;
@@ -241,7 +240,6 @@ fn vm_sample(
         let (honest, lie) = plausible(observation);
         let age = Instant::now().saturating_duration_since(*at);
         sample.memory_bytes = honest.memory_bytes;
-        sample.other_bytes = honest.other_bytes;
         sample.ballooned_bytes = honest.ballooned_bytes;
         sample.target_bytes = honest
             .target_bytes
@@ -295,6 +293,10 @@ fn read_cgroup(cgroup: &Cgroup, sample: &mut VmSample) -> Result<(), CgroupError
     sample.swap_current_bytes = cgroup.swap_current_bytes()?;
     sample.pressure = cgroup.pressure()?;
     sample.limits = cgroup.limits()?;
+    sample.inactive_file_bytes = cgroup
+        .memory_stat()?
+        .and_then(|stat| stat.inactive_file_bytes)
+        .unwrap_or(0);
     sample.nodes = cgroup
         .numa_stat()?
         .into_iter()

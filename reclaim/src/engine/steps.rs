@@ -1,15 +1,19 @@
 //! From decisions to steps that keep the books and the floor.
 
-use std::path::PathBuf;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use super::{Engine, by_vm, fleet::Where, worker::Step};
+use super::{Engine, by_vm, fleet::Where, limits::VmLimits, worker::Step};
 use crate::{
+    cgroup::Delegated,
     config::Limits,
     ledger::{
         ByNode,
         limits::{Foreign, LimitFile, reconcile},
     },
-    policy::{Decision, Mode, VmId, VmSample, configured_floor_bytes},
+    policy::{Budget, Decision, Mode, VmId, VmSample, configured_floor_bytes},
 };
 
 /// Limits move in steps of at least this, so that small changes cause no writes.
@@ -24,8 +28,6 @@ struct Plan {
     due_bytes: u64,
     /// From its limit to what it needs soon.
     urgent_bytes: u64,
-    /// The same if its balloon gave nothing back.
-    needed_bytes: u64,
 }
 
 impl Plan {
@@ -77,6 +79,10 @@ impl Engine {
                 continue;
             };
             let outcome = if self.ledger.lock().account_bytes(&vm.id).is_some() {
+                // Between the book and the file of a step there would seem to be somebody else.
+                if member.worker.is_carrying() {
+                    continue;
+                }
                 self.look_for_strangers(&vm.id, limits.as_ref())
             } else if vm.memory_bytes > 0 {
                 self.open_account(&vm, limits.as_ref())
@@ -102,26 +108,67 @@ impl Engine {
     /// Lifts the limits that the configuration does not keep any more: a limit that does not follow its balloon
     /// would throttle or kill the VM one day.
     pub(super) fn lift_limits(&mut self, before: Limits) {
-        let now = self.config.limits();
-        if self.dry_run || before == now || now == Limits::HighAndMax {
+        if self.dry_run || before == Limits::None {
             return;
         }
-        for (vm, member) in &self.members {
-            let mut ledger = self.ledger.lock();
-            if ledger.account_bytes(vm).is_none() {
+        let now = self.config.limits();
+        let open = self.world.open_cgroup;
+        let root = self.config.host.cgroup_root.clone();
+        let root = root.and_then(|root| Delegated::open_with(&root, open).ok());
+        let is_ours = |path: &Path| root.as_ref().is_some_and(|root| root.check(path).is_ok());
+        let max_slack = (before == Limits::HighAndMax).then_some(0);
+        let orphans = self.orphans.iter().filter_map(|(vm, path)| {
+            let limits = VmLimits::new(open(path).ok()?, max_slack);
+            Some((vm.clone(), Arc::new(limits)))
+        });
+        let members = self.members.iter().filter_map(|(vm, member)| {
+            // A step that waits is of the old configuration.
+            member.worker.carry(None);
+            Some((vm.clone(), member.cgroup.clone()?))
+        });
+        let all: Vec<_> = orphans.chain(members).collect();
+        for (vm, limits) in all {
+            let keeps_high = now != Limits::None && is_ours(limits.cgroup().path());
+            if keeps_high && (now == before || now == Limits::HighAndMax)
+                || self.ledger.lock().account_bytes(&vm).is_none()
+            {
                 continue;
             }
-            let Some(limits) = &member.cgroup else {
-                continue;
-            };
-            match limits.lift(now != Limits::None) {
-                Ok(()) if now == Limits::None => {
-                    let _ = ledger.close(vm);
-                    tracing::info!(vm = %vm, "its limit is lifted");
-                }
-                Ok(()) => tracing::info!(vm = %vm, "its memory.max is lifted"),
+            if !keeps_high {
+                let _ = self.ledger.lock().close(&vm);
+                self.orphans.remove(&vm);
+            }
+            match limits.lift(keeps_high) {
+                Ok(()) if keeps_high => tracing::info!(vm = %vm, "its memory.max is lifted"),
+                Ok(()) => tracing::info!(vm = %vm, "its limit is lifted"),
                 Err(error) => tracing::warn!(vm = %vm, "its limit was not lifted: {error}"),
             }
+        }
+    }
+
+    /// Enters what all VMs with a limit may occupy, and what they need: what they occupy but for page cache, with
+    /// room for what they take until the next decision, and no more than their balloons leave them. Of an account
+    /// about which nothing is known all is needed.
+    pub(super) fn count_budget(&mut self) {
+        let ledger = self.ledger.lock();
+        let slack = self.config.host.slack.0;
+        let mut needed = 0_u64;
+        for vm in ledger.vms() {
+            let account = ledger.account_bytes(vm).unwrap_or(0);
+            let seen = self.vm(vm).filter(|vm| vm.memory_bytes > 0);
+            let need = seen.and_then(|vm| {
+                let used = vm.current_bytes?.saturating_sub(vm.inactive_file_bytes);
+                let due = self.entitled_bytes(vm, vm.ballooned_bytes);
+                Some(due.min(used.saturating_add(slack.saturating_mul(2))))
+            });
+            needed = needed.saturating_add(need.unwrap_or(account));
+        }
+        self.sample.budget = (self.config.limits() != Limits::None).then(|| Budget {
+            total_bytes: ledger.budget_bytes(),
+            needed_bytes: needed,
+        });
+        for vm in &mut self.sample.vms {
+            vm.limited = ledger.account_bytes(&vm.id).is_some();
         }
     }
 
@@ -199,7 +246,6 @@ impl Engine {
         let ballooned = ballooned.min(vm.ballooned_bytes);
         vm.memory_bytes
             .saturating_sub(ballooned)
-            .saturating_add(vm.other_bytes)
             .saturating_add(self.config.host.overhead.0)
     }
 
@@ -215,14 +261,12 @@ impl Engine {
             .collect();
         // Urgent needs first, then dues, as far as the pool goes.
         let mut wanting = 0_u64;
-        let mut needed = 0_u64;
         for plan in &mut plans {
             let raise = plan.urgent_bytes.min(pool);
             pool -= raise;
             plan.step.raise_bytes = raise;
             let short = plan.urgent_bytes - raise;
             wanting = wanting.saturating_add(short);
-            needed = needed.saturating_add(plan.needed_bytes.saturating_sub(raise));
             if let Some(target) = &mut plan.step.target_bytes {
                 // What is not covered stays in the balloon, on whatever node it is.
                 if short > 0 {
@@ -249,16 +293,9 @@ impl Engine {
         if wanting > 0 && !tight {
             tracing::warn!(
                 "the pool is short of {wanting} bytes: what VMs do not use of their limits is taken \
-                 back, and others are asked to give; raise the budget, or lower floors"
+                 back; raise the budget, or lower floors"
             );
         }
-        // Guests are asked for what is missing even when all have lost what they do not use.
-        let overdrawn = u64::try_from(-self.ledger.lock().pool_bytes()).unwrap_or(0);
-        self.sample.wanting_bytes = if tight && needed > 0 {
-            needed.saturating_add(overdrawn)
-        } else {
-            0
-        };
         self.wanting_bytes = wanting;
     }
 
@@ -276,7 +313,6 @@ impl Engine {
             target_before_bytes: vm.target_bytes,
             due_bytes: 0,
             urgent_bytes: 0,
-            needed_bytes: 0,
         };
         let account = self.ledger.lock().account_bytes(&vm.id);
         let limits = member.cgroup.clone().filter(|_| member.limited);
@@ -294,16 +330,15 @@ impl Engine {
         let due = self.entitled_bytes(vm, target);
         // What it will occupy soon: it uses what it is about to get back.
         let returning = vm.ballooned_bytes.saturating_sub(target);
-        let room = slack.saturating_mul(2);
-        let needed = vm
-            .current_bytes
-            .map_or(0, |current| due.min(current.saturating_add(room)));
-        let soon = vm
-            .current_bytes
-            .map_or(due, |_| due.min(needed.saturating_add(returning)));
+        let soon = vm.current_bytes.map_or(due, |current| {
+            due.min(
+                current
+                    .saturating_add(returning)
+                    .saturating_add(slack.saturating_mul(2)),
+            )
+        });
         plan.due_bytes = due.saturating_sub(account);
         plan.urgent_bytes = soon.saturating_sub(account);
-        plan.needed_bytes = needed.saturating_sub(account);
         // When others are short, what it does not use is theirs.
         let enough = if tight { soon } else { due };
         if account.saturating_sub(enough) >= LIMIT_STEP_BYTES {

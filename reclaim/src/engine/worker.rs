@@ -48,6 +48,8 @@ struct Orders {
     look: bool,
     /// The thread has something to do, or does it.
     busy: bool,
+    /// A step is under way.
+    carrying: bool,
     ended: bool,
 }
 
@@ -69,12 +71,20 @@ impl Desk {
             let step = orders.step.take();
             if step.is_some() || orders.look {
                 orders.busy = true;
+                orders.carrying = step.is_some();
                 return Some((step, orders.look));
             }
             orders.busy = false;
             self.given.wait(&mut orders);
         }
     }
+}
+
+/// How far a step went.
+enum Done {
+    All,
+    /// Nobody was there to be told, of which the looks speak.
+    Nothing,
 }
 
 /// What is known about the VM, as its thread last left it.
@@ -173,6 +183,11 @@ impl Worker {
         }
     }
 
+    /// A step is under way.
+    pub(super) fn is_carrying(&self) -> bool {
+        self.desk.orders.lock().carrying
+    }
+
     /// What is known about the VM.
     pub(super) fn seen(&self) -> Seen {
         self.seen.lock().clone()
@@ -185,6 +200,7 @@ impl Thread {
         while let Some((step, look)) = desk.take() {
             if let Some(step) = step {
                 let outcome = self.carry(&step);
+                desk.orders.lock().carrying = false;
                 self.note_step(outcome);
             }
             if look {
@@ -242,7 +258,7 @@ impl Thread {
     ///
     /// # Errors
     /// What went wrong, with advice.
-    fn carry(&mut self, step: &Step) -> Result<(), String> {
+    fn carry(&mut self, step: &Step) -> Result<Done, String> {
         let limits = step.limits.as_ref();
         if let Some((limits, _)) = limits
             && step.raise_bytes > 0
@@ -257,9 +273,10 @@ impl Thread {
             )
             .map_err(|error| format!("its limit was not raised: {error}"))?;
         }
-        if let Some(target) = step.target_bytes
-            && let Some(vm) = self.connection()
-        {
+        if let Some(target) = step.target_bytes {
+            let Some(vm) = self.connection() else {
+                return Ok(Done::Nothing);
+            };
             let told = if step.nodes.is_empty() {
                 vm.set_target_bytes(target)
             } else {
@@ -272,7 +289,7 @@ impl Thread {
             self.seen.lock().target_bytes = Some(target);
         }
         let Some((limits, slack)) = limits else {
-            return Ok(());
+            return Ok(Done::All);
         };
         let lowered = step.lower_to_bytes.map_or(Ok(0), |wanted| {
             steps::lower(&self.ledger, &self.vm, limits.as_ref(), wanted, *slack)
@@ -288,12 +305,15 @@ impl Thread {
             }
         }
         lowered
-            .map(drop)
+            .map(|_| Done::All)
             .map_err(|error| format!("its limit was not lowered: {error}"))
     }
 
     /// Enters how a step went; logged when it is news.
-    fn note_step(&self, outcome: Result<(), String>) {
+    fn note_step(&self, outcome: Result<Done, String>) {
+        if matches!(outcome, Ok(Done::Nothing)) {
+            return;
+        }
         let mut seen = self.seen.lock();
         let before = std::mem::replace(&mut seen.step_trouble, outcome.err());
         match (&before, &seen.step_trouble) {

@@ -7,7 +7,8 @@
 //! 3. guests in distress get memory back, from the reserve between the watermarks; what the reserve
 //!    does not hold becomes demand upon the others;
 //! 4. demand is divided over what guests have above their floors ([`super::giving`]), or surplus
-//!    is given back ([`super::returning`]), never both;
+//!    is given back ([`super::returning`]); both only where a node or the budget of limits lacks
+//!    memory and the host does not, and then to others;
 //! 5. fluid guests trade idle memory;
 //! 6. no target leaves less than the floor, whatever the steps before said (I6).
 
@@ -76,6 +77,24 @@ pub(super) struct Round<'a> {
 }
 
 impl Round<'_> {
+    /// What VMs with a limit need beyond the budget.
+    fn budget_lacks_bytes(&self) -> u64 {
+        let budget = self.sample.budget.unwrap_or_default();
+        budget.needed_bytes.saturating_sub(budget.total_bytes)
+    }
+
+    /// What VMs with a limit may have of a surplus, all together: what the budget holds beyond their needs and the
+    /// band, so that what they get is not what they are asked for the next time.
+    pub(super) fn budget_spares_bytes(&self) -> u64 {
+        let Some(budget) = self.sample.budget else {
+            return u64::MAX;
+        };
+        let band_bytes = scaled(budget.total_bytes, self.config.band_percent / 100.0);
+        budget
+            .total_bytes
+            .saturating_sub(budget.needed_bytes.saturating_add(band_bytes))
+    }
+
     /// How far a balloon may grow in this round: the step bound, and no further ahead than the guest
     /// was seen to follow. Memory the guest has not in use is no shock to it, so half of it may go
     /// at once, all of it in an emergency.
@@ -147,24 +166,30 @@ impl Policy for Aerostat {
         }
 
         let unmet = memory.give_back(&round, &mut plans);
-        let pending = pending_bytes(&plans);
+        let pending = pending_bytes(plans.iter());
         let demand = round.host.demand_bytes.saturating_sub(pending);
         let demand = demand.saturating_add(unmet);
         let by_node = demand::node_demands(&sample.host, &self.config);
         let mut lacks = nodes::domains(&sample.host, demand, by_node, pending, &sample.vms);
         let of_host: u64 = lacks.iter().map(|domain| domain.demand_bytes).sum();
+        let limited = plans.iter().filter(|plan| plan.vm.limited);
+        let pending_of_limited = pending_bytes(limited);
         // What guests give to the host comes out of their limits too.
-        let wanting = sample.wanting_bytes.saturating_sub(pending);
-        let of_budget = wanting.saturating_sub(of_host);
+        let of_budget = round
+            .budget_lacks_bytes()
+            .saturating_sub(pending_of_limited)
+            .saturating_sub(demand);
         lacks.push(Domain {
             place: Place::Budget,
             demand_bytes: of_budget,
         });
-        let demand = of_host.saturating_add(of_budget);
-        if demand >= GRANULE_BYTES {
-            giving::divide_demand(&round, &lacks, demand, &mut plans);
-        } else if round.host.surplus_bytes > 0 {
-            returning::divide_surplus(&round, &mut plans);
+        let all = of_host.saturating_add(of_budget);
+        if all >= GRANULE_BYTES {
+            giving::divide_demand(&round, &lacks, all, &mut plans);
+        }
+        // A node, or the budget, may lack for ever what nobody can give: those that are not concerned have theirs.
+        if demand < GRANULE_BYTES && round.host.surplus_bytes > 0 {
+            returning::divide_surplus(&round, &lacks, &mut plans);
         }
         returning::return_to_operators_targets(&round, &mut plans);
         returning::trade(&round, &mut plans);
@@ -212,6 +237,8 @@ fn look<'a>(vm: &'a VmSample, state: &mut VmState, round: &Round<'_>) -> Plan<'a
         return plan;
     }
     if vm.mode == Mode::Manual {
+        // What it does not follow is not on its way.
+        plan.stuck |= state.stalled(vm, at, config);
         manual(&mut plan, config);
         return plan;
     }
@@ -270,10 +297,10 @@ fn manual(plan: &mut Plan<'_>, config: &PolicyConfig) {
 }
 
 /// What guests have been asked for and will still bring.
-fn pending_bytes(plans: &[Plan<'_>]) -> u64 {
+fn pending_bytes<'a>(plans: impl Iterator<Item = &'a Plan<'a>>) -> u64 {
     let on_the_way =
         |plan: &&Plan<'_>| plan.vm.reachable && !plan.stuck && plan.guest.distress.is_none();
-    let pending = plans.iter().filter(on_the_way).map(|plan| {
+    let pending = plans.filter(on_the_way).map(|plan| {
         let ahead = plan.target_bytes.saturating_sub(plan.vm.ballooned_bytes);
         scaled(ahead, plan.guest.yields)
     });

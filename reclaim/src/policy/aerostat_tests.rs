@@ -561,3 +561,97 @@ fn settings_that_make_no_sense_are_named() {
         );
     }
 }
+
+/// A guest with a limit that comes out of a budget.
+fn limited(name: &str) -> VmSample {
+    let mut vm = guest(name, 4096, 1000, 2000);
+    vm.limited = true;
+    vm
+}
+
+#[test]
+fn what_lacks_in_the_budget_is_asked_of_those_with_a_limit() {
+    let mut sample = sample(16 * GIB, vec![limited("a"), guest("b", 4096, 1000, 2000)]);
+    sample.budget = Some(Budget {
+        total_bytes: 8 * GIB,
+        needed_bytes: 8 * GIB + 100 * MIB,
+    });
+
+    let decisions = decide_once(&sample);
+
+    assert!(
+        decisions[0].target_bytes >= 100 * MIB,
+        "{}",
+        decisions[0].reason
+    );
+    assert_eq!(decisions[1].target_bytes, 0, "{}", decisions[1].reason);
+    assert!(
+        decisions[0]
+            .reason
+            .to_string()
+            .starts_with("budget lacks 100 MiB")
+    );
+}
+
+#[test]
+fn a_budget_that_is_full_keeps_nothing_from_those_without_a_limit() {
+    let ballooned = |mut vm: VmSample| {
+        vm.set_balloon(512);
+        vm
+    };
+    let vms = vec![
+        ballooned(limited("a")),
+        ballooned(guest("b", 4096, 1000, 2000)),
+    ];
+    let mut sample = sample(16 * GIB, vms);
+    for (total_bytes, returns) in [(8 * GIB, false), (16 * GIB, true)] {
+        sample.budget = Some(Budget {
+            total_bytes,
+            needed_bytes: 8 * GIB,
+        });
+        let decisions = decide_once(&sample);
+        assert_eq!(
+            decisions[0].target_bytes < 512 * MIB,
+            returns,
+            "{}",
+            decisions[0].reason
+        );
+        assert!(
+            decisions[1].target_bytes < 512 * MIB,
+            "{}",
+            decisions[1].reason
+        );
+    }
+}
+
+#[test]
+fn x2_a_node_that_lacks_more_than_the_host_is_helped_by_those_that_may_be_there() {
+    let node = |id, gib, available_bytes| HostNodeSample {
+        node: NodeId(id),
+        total_bytes: gib * GIB,
+        available_bytes,
+    };
+    // 32 GiB of which 2.6 should be available: node 0 alone lacks more than that.
+    let mut sample = sample(GIB, vec![guest("a", 4096, 1000, 2000)]);
+    sample.host.nodes = vec![node(0, 30, GIB / 16), node(1, 2, GIB - GIB / 16)];
+
+    let decisions = decide_once(&sample);
+
+    assert!(decisions[0].target_bytes > 0, "{}", decisions[0].reason);
+}
+
+#[test]
+fn what_a_manual_vm_does_not_follow_is_not_on_its_way() {
+    let mut manual = guest("manual", 8192, 1000, 4000);
+    manual.mode = Mode::Manual;
+    manual.manual_target_bytes = Some(4 * GIB);
+    manual.target_bytes = 4 * GIB;
+    let mut sample = sample(GIB, vec![guest("a", 4096, 1000, 2000), manual]);
+    let mut policy = Aerostat::new(PolicyConfig::default());
+    assert_eq!(policy.decide(&sample)[0].target_bytes, 0);
+
+    sample.at = Duration::from_secs(20);
+
+    let decisions = policy.decide(&sample);
+    assert!(decisions[0].target_bytes > 0, "{}", decisions[0].reason);
+}

@@ -42,7 +42,7 @@ pub use distress::Distress;
 pub use guest::{FloorViolation, check_manual_target, configured_floor_bytes};
 pub use reason::{Bound, Reason, Spared};
 pub use types::{
-    Capabilities, Decision, GuestMemory, HostNodeSample, HostSample, HypervisorTraits,
+    Budget, Capabilities, Decision, GuestMemory, HostNodeSample, HostSample, HypervisorTraits,
     MemoryLimits, Mode, NodeId, NodeTarget, Policy, Pressure, Sample, VmId, VmNodeSample, VmSample,
 };
 

@@ -5,7 +5,7 @@
 //! a node gets of it is its part of the VM.
 
 use super::{
-    aerostat::Plan,
+    aerostat::{GRANULE_BYTES, Plan},
     amount::{ratio, scaled, whole_pages},
     types::{HostSample, NodeId, NodeTarget, VmSample},
 };
@@ -48,7 +48,7 @@ pub(super) fn domains(
     }
     let is_there = |vm: &VmSample, node: NodeId| {
         let mut nodes = vm.nodes.iter();
-        nodes.any(|at| at.node == node && at.current_bytes > 0)
+        nodes.any(|at| at.node == node && at.current_bytes >= GRANULE_BYTES)
     };
     let nodes = host.nodes.iter().zip(by_node);
     let by_node: Vec<u64> = nodes
@@ -61,18 +61,28 @@ pub(super) fn domains(
     let arriving = ratio(pending_bytes, lacking).min(1.0);
     let still = scaled(lacking, 1.0 - arriving);
     let rest = demand_bytes.saturating_sub(still);
+    // What of all that is asked for lacks on the host as a whole.
+    let of_host = ratio(demand_bytes, still.saturating_add(rest)).min(1.0);
     let total: u64 = host.nodes.iter().map(|node| node.total_bytes).sum();
     let nodes = host.nodes.iter().zip(by_node);
     nodes
         .map(|(node, lacks)| {
             let part = ratio(node.total_bytes, total);
-            let unknown = if rest > 0 { part } else { 0.0 };
+            let unknown = part * of_host;
             Domain {
                 place: Place::Node(node.node, unknown),
                 demand_bytes: scaled(lacks, 1.0 - arriving) + scaled(rest, part),
             }
         })
         .collect()
+}
+
+/// Whether memory that the VM got back would lack somewhere.
+pub(super) fn lacks_where_it_is(vm: &VmSample, domains: &[Domain]) -> bool {
+    let lacking = |domain: &&Domain| domain.demand_bytes >= GRANULE_BYTES;
+    let mut lacking = domains.iter().filter(lacking);
+    // A few pages of any VM are on every node.
+    lacking.any(|domain| part_on(vm, domain) >= 1.0 / 16.0)
 }
 
 /// Targets of this VM can be set by node, and its nodes are known.

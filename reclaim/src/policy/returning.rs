@@ -5,6 +5,7 @@ use super::{
     aerostat::{GRANULE_BYTES, Plan, Round},
     distress::Distress,
     guest::follows_demand,
+    nodes::{self, Domain},
     reason::Reason,
     share::{Claim, divide},
     types::Mode,
@@ -58,19 +59,28 @@ pub(super) fn serve(round: &Round<'_>, asks: &[Ask], plans: &mut [Plan<'_>]) -> 
 /// A smaller balloon is only a permission, and costs the host nothing before it is used. So what
 /// guests are permitted and have not used yet is taken off before more is permitted to guests that
 /// show no need; otherwise the same surplus would be promised again and again.
-pub(super) fn divide_surplus(round: &Round<'_>, plans: &mut [Plan<'_>]) {
+///
+/// Guests from which something is asked, or would be, since it lacks in one of `domains`, get none.
+pub(super) fn divide_surplus(round: &Round<'_>, domains: &[Domain], plans: &mut [Plan<'_>]) {
     let surplus_bytes = round.host.surplus_bytes;
-    let promised = plans.iter().map(|plan| {
+    let unused = |plan: &Plan<'_>| {
         let left = plan.guest.left_bytes;
         left.saturating_sub(plan.vm.current_bytes.unwrap_or(left))
-    });
-    let promised = promised.fold(0, u64::saturating_add);
+    };
+    let promised = plans.iter().map(unused).fold(0, u64::saturating_add);
+    let limited = plans.iter().filter(|plan| plan.vm.limited);
+    let promised_of_limited = limited.map(unused).fold(0, u64::saturating_add);
+    let mut spares = round.budget_spares_bytes();
     let mut rest = surplus_bytes;
     for hungry in [true, false] {
+        if !hungry {
+            spares = spares.saturating_sub(promised_of_limited);
+        }
         let claims: Vec<Claim> = plans
             .iter()
             .map(|plan| {
                 let open = !plan.settled && follows_demand(plan.vm.mode) && !plan.may_not_shrink;
+                let open = open && !nodes::lacks_where_it_is(plan.vm, domains);
                 let wants = open && plan.guest.distress.is_none() && plan.guest.hungry() == hungry;
                 let above = plan.target_bytes.saturating_sub(plan.baseline_bytes());
                 Claim {
@@ -84,10 +94,18 @@ pub(super) fn divide_surplus(round: &Round<'_>, plans: &mut [Plan<'_>]) {
         } else {
             rest.saturating_sub(promised) / 4
         };
-        for (plan, grant_bytes) in plans.iter_mut().zip(divide(budget, &claims)) {
+        for (plan, share_bytes) in plans.iter_mut().zip(divide(budget, &claims)) {
+            let grant_bytes = if plan.vm.limited {
+                share_bytes.min(spares)
+            } else {
+                share_bytes
+            };
             if grant_bytes >= GRANULE_BYTES.min(plan.target_bytes) && grant_bytes > 0 {
                 plan.target_bytes -= grant_bytes;
                 rest -= grant_bytes.min(rest);
+                if plan.vm.limited {
+                    spares -= grant_bytes;
+                }
                 plan.reason = Reason::Surplus {
                     surplus_bytes,
                     grant_bytes,

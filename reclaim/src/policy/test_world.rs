@@ -30,7 +30,7 @@ pub(super) fn guest(name: &str, memory: u64, used: u64, free: u64) -> VmSample {
 pub(super) fn sample(available_bytes: u64, vms: Vec<VmSample>) -> Sample {
     Sample {
         at: Duration::ZERO,
-        wanting_bytes: 0,
+        budget: None,
         host: HostSample {
             total_bytes: 32 * GIB,
             available_bytes,

@@ -224,8 +224,6 @@ pub struct VmSample {
     pub floor_override: bool,
     /// The guest's memory, balloon included (its boot size).
     pub memory_bytes: u64,
-    /// Memory besides, of which the balloon knows nothing.
-    pub other_bytes: u64,
     /// What the VM occupies on the host (`memory.current`); `None` without a cgroup of its own.
     pub current_bytes: Option<u64>,
     /// What of its memory is swapped out by the host.
@@ -242,6 +240,8 @@ pub struct VmSample {
     pub limits: MemoryLimits,
     /// Its limit comes out of the budget.
     pub limited: bool,
+    /// What of `current_bytes` the host can have at once: page cache that nobody has used for a while.
+    pub inactive_file_bytes: u64,
     /// By host node; empty if it is not known.
     pub nodes: Vec<VmNodeSample>,
     /// What its hypervisor can do.
@@ -265,7 +265,6 @@ impl VmSample {
             manual_target_bytes: None,
             floor_override: false,
             memory_bytes,
-            other_bytes: 0,
             current_bytes: None,
             swap_current_bytes: None,
             ballooned_bytes: 0,
@@ -274,6 +273,7 @@ impl VmSample {
             pressure: None,
             limits: MemoryLimits::default(),
             limited: false,
+            inactive_file_bytes: 0,
             nodes: Vec::new(),
             traits: HypervisorTraits::default(),
             capabilities: Capabilities::default(),
@@ -288,6 +288,16 @@ impl VmSample {
     }
 }
 
+/// The budget of limits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Budget {
+    /// What VMs with a limit may occupy together.
+    pub total_bytes: u64,
+    /// What they need now, with some room to grow.
+    pub needed_bytes: u64,
+}
+
 /// Everything at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -296,8 +306,8 @@ pub struct Sample {
     pub at: Duration,
     /// The host.
     pub host: HostSample,
-    /// What VMs with a limit need, whatever their balloons do, and the budget does not hold.
-    pub wanting_bytes: u64,
+    /// What VMs with a limit may occupy together; `None` where no limits are kept.
+    pub budget: Option<Budget>,
     /// Every VM, in the order of their names.
     pub vms: Vec<VmSample>,
 }

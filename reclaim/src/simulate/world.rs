@@ -244,7 +244,7 @@ impl<'a> World<'a> {
         let all = self.spec.memory_mib * MIB;
         Sample {
             at: Duration::from_secs_f64(self.now),
-            wanting_bytes: 0,
+            budget: None,
             host: HostSample {
                 total_bytes: scaled(1, all),
                 available_bytes: scaled(1, self.free()),

@@ -157,7 +157,6 @@ impl Vm for Crosvm {
         };
         Ok(Observation {
             memory_bytes: self.memory_bytes.unwrap_or(told),
-            other_bytes: 0,
             target_bytes: self.target_bytes,
             ballooned_bytes: report.balloon_actual,
             running: guest_stats,

@@ -114,7 +114,6 @@ impl Vm for Firecracker {
         }
         Ok(Observation {
             memory_bytes: machine.mem_size_mib.saturating_mul(MIB),
-            other_bytes: 0,
             target_bytes: Some(target_bytes),
             ballooned_bytes,
             running: instance.state == "Running",

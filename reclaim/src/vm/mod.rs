@@ -48,8 +48,6 @@ pub(crate) mod test_peer;
 pub struct Observation {
     /// The guest's memory, balloon included.
     pub memory_bytes: u64,
-    /// Memory besides, of which the balloon knows nothing (virtio-mem in QEMU).
-    pub other_bytes: u64,
     /// What the balloon should hold, where the VMM tells; else the last one we set counts.
     pub target_bytes: Option<u64>,
     /// What the balloon holds.

@@ -50,6 +50,11 @@ pub struct Qemu {
     target_bytes: Option<u64>,
 }
 
+struct Memory {
+    all_bytes: u64,
+    of_balloon_bytes: u64,
+}
+
 #[derive(Deserialize)]
 struct Member {
     name: String,
@@ -100,9 +105,9 @@ impl Qemu {
         self.monitor.next_event(wait)
     }
 
-    /// The memory that the balloon is about, and what there is besides. Of what is plugged in QEMU's balloon counts
-    /// DIMMs and nothing else (`get_current_ram_size()` in `hw/virtio/virtio-balloon.c`).
-    fn memory_bytes(&mut self) -> Result<(u64, u64), VmError> {
+    /// The guest's memory, and what of it the balloon can take: of what is plugged in QEMU's balloon counts DIMMs
+    /// and nothing else (`get_current_ram_size()` in `hw/virtio/virtio-balloon.c`), so no memory of virtio-mem.
+    fn memory(&mut self) -> Result<Memory, VmError> {
         #[derive(Deserialize)]
         #[serde(rename_all = "kebab-case")]
         struct Summary {
@@ -123,15 +128,18 @@ impl Qemu {
         }
         let summary: Summary = self.monitor.execute("query-memory-size-summary", None)?;
         if summary.plugged_memory == 0 {
-            return Ok((summary.base_memory, 0));
+            return Ok(Memory {
+                all_bytes: summary.base_memory,
+                of_balloon_bytes: summary.base_memory,
+            });
         }
         let devices: Vec<Device> = self.monitor.execute("query-memory-devices", None)?;
         let dimms = devices.iter().filter(|device| device.kind == "dimm");
         let dimm_bytes = dimms.fold(0_u64, |sum, dimm| sum.saturating_add(dimm.data.size));
-        Ok((
-            summary.base_memory.saturating_add(dimm_bytes),
-            summary.plugged_memory.saturating_sub(dimm_bytes),
-        ))
+        Ok(Memory {
+            all_bytes: summary.base_memory.saturating_add(summary.plugged_memory),
+            of_balloon_bytes: summary.base_memory.saturating_add(dimm_bytes),
+        })
     }
 
     fn guest(&mut self) -> Result<GuestMemory, VmError> {
@@ -185,19 +193,18 @@ impl Vm for Qemu {
         struct Status {
             running: bool,
         }
-        let (memory_bytes, other_bytes) = self.memory_bytes()?;
+        let memory = self.memory()?;
         let status: Status = self.monitor.execute("query-status", None)?;
         // Before its driver is up the guest has no balloon; that is not an error.
         let (ballooned_bytes, active) = match self.monitor.execute::<Left>("query-balloon", None) {
-            Ok(left) => (ballooned_bytes(memory_bytes, left.actual), true),
+            Ok(left) => (ballooned_bytes(memory.of_balloon_bytes, left.actual), true),
             Err(VmError::Refused { .. }) => (0, false),
             Err(error) => return Err(error),
         };
         let guest = self.guest()?;
         let guest_stats = self.polling && guest.age.is_some();
         Ok(Observation {
-            memory_bytes,
-            other_bytes,
+            memory_bytes: memory.all_bytes,
             target_bytes: self.target_bytes,
             ballooned_bytes,
             running: active && status.running,
@@ -212,7 +219,8 @@ impl Vm for Qemu {
 
     fn set_target_bytes(&mut self, bytes: u64) -> Result<(), VmError> {
         // QEMU refuses to leave nothing.
-        let left = self.memory_bytes()?.0.saturating_sub(bytes).max(1 << 20);
+        let most = self.memory()?.of_balloon_bytes;
+        let left = most.saturating_sub(bytes).max(1 << 20);
         self.monitor
             .execute::<Value>("balloon", Some(json!({ "value": left })))?;
         self.target_bytes = Some(bytes);

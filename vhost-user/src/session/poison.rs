@@ -54,9 +54,12 @@ impl Session<'_> {
         if self.rings.iter().any(|ring| ring.started) {
             return;
         }
-        let value = self.poison.take().unwrap_or(UNKNOWN);
+        let value = self.poison.unwrap_or(UNKNOWN);
         let device = self.device();
-        if device.state() == DeviceState::Configuring && device.features() & PAGE_POISON != 0 {
+        if device.kind() == DeviceKind::VirtioBalloon
+            && device.state() == DeviceState::Configuring
+            && device.features() & PAGE_POISON != 0
+        {
             device.write_config(OFFSET.into(), &value);
         }
     }

@@ -158,6 +158,7 @@ impl Session<'_> {
         };
         self.device().start_queue(queue, config)?;
         self.ring(index)?.started = true;
+        self.poison = None;
         self.attached.set_serving(true);
         self.activate()
     }
