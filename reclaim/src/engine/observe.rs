@@ -240,6 +240,7 @@ fn vm_sample(
         let (honest, lie) = plausible(observation);
         let age = Instant::now().saturating_duration_since(*at);
         sample.memory_bytes = honest.memory_bytes;
+        sample.reach_bytes = honest.reach_bytes;
         sample.ballooned_bytes = honest.ballooned_bytes;
         sample.target_bytes = honest
             .target_bytes
@@ -293,10 +294,6 @@ fn read_cgroup(cgroup: &Cgroup, sample: &mut VmSample) -> Result<(), CgroupError
     sample.swap_current_bytes = cgroup.swap_current_bytes()?;
     sample.pressure = cgroup.pressure()?;
     sample.limits = cgroup.limits()?;
-    sample.inactive_file_bytes = cgroup
-        .memory_stat()?
-        .and_then(|stat| stat.inactive_file_bytes)
-        .unwrap_or(0);
     sample.nodes = cgroup
         .numa_stat()?
         .into_iter()

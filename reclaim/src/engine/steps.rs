@@ -146,9 +146,9 @@ impl Engine {
         }
     }
 
-    /// Enters what all VMs with a limit may occupy, and what they need: what they occupy but for page cache, with
-    /// room for what they take until the next decision, and no more than their balloons leave them. Of an account
-    /// about which nothing is known all is needed.
+    /// Enters what all VMs with a limit may occupy, and what they need: what they occupy, with room for what they
+    /// take until the next decision as far as their balloons leave them any. Of an account about which nothing is
+    /// known all is needed.
     pub(super) fn count_budget(&mut self) {
         let ledger = self.ledger.lock();
         let slack = self.config.host.slack.0;
@@ -157,9 +157,10 @@ impl Engine {
             let account = ledger.account_bytes(vm).unwrap_or(0);
             let seen = self.vm(vm).filter(|vm| vm.memory_bytes > 0);
             let need = seen.and_then(|vm| {
-                let used = vm.current_bytes?.saturating_sub(vm.inactive_file_bytes);
+                let current = vm.current_bytes?;
                 let due = self.entitled_bytes(vm, vm.ballooned_bytes);
-                Some(due.min(used.saturating_add(slack.saturating_mul(2))))
+                let soon = current.saturating_add(slack.saturating_mul(2));
+                Some(due.min(soon).max(current))
             });
             needed = needed.saturating_add(need.unwrap_or(account));
         }

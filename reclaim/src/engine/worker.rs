@@ -183,9 +183,10 @@ impl Worker {
         }
     }
 
-    /// A step is under way.
+    /// A step is under way, or about to be.
     pub(super) fn is_carrying(&self) -> bool {
-        self.desk.orders.lock().carrying
+        let orders = self.desk.orders.lock();
+        orders.carrying || orders.step.is_some()
     }
 
     /// What is known about the VM.

@@ -36,7 +36,8 @@ pub(super) struct Guest {
 impl Guest {
     /// The largest balloon that keeps the floor.
     pub(super) fn most_ballooned_bytes(&self, vm: &VmSample) -> u64 {
-        vm.memory_bytes.saturating_sub(self.floor_bytes)
+        let most = vm.memory_bytes.saturating_sub(self.floor_bytes);
+        most.min(vm.reach_bytes.unwrap_or(most))
     }
 
     /// Free memory that a guest keeps for its next allocations: taking it would wake its reclaim.

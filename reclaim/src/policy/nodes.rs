@@ -46,10 +46,7 @@ pub(super) fn domains(
             demand_bytes,
         }];
     }
-    let is_there = |vm: &VmSample, node: NodeId| {
-        let mut nodes = vm.nodes.iter();
-        nodes.any(|at| at.node == node && at.current_bytes >= GRANULE_BYTES)
-    };
+    let is_there = |vm: &VmSample, node| known_part(vm, node).is_some_and(|part| part > 0.0);
     let nodes = host.nodes.iter().zip(by_node);
     let by_node: Vec<u64> = nodes
         .map(|(node, lacks)| {
@@ -61,14 +58,12 @@ pub(super) fn domains(
     let arriving = ratio(pending_bytes, lacking).min(1.0);
     let still = scaled(lacking, 1.0 - arriving);
     let rest = demand_bytes.saturating_sub(still);
-    // What of all that is asked for lacks on the host as a whole.
-    let of_host = ratio(demand_bytes, still.saturating_add(rest)).min(1.0);
     let total: u64 = host.nodes.iter().map(|node| node.total_bytes).sum();
     let nodes = host.nodes.iter().zip(by_node);
     nodes
         .map(|(node, lacks)| {
             let part = ratio(node.total_bytes, total);
-            let unknown = part * of_host;
+            let unknown = if demand_bytes > 0 { part } else { 0.0 };
             Domain {
                 place: Place::Node(node.node, unknown),
                 demand_bytes: scaled(lacks, 1.0 - arriving) + scaled(rest, part),
@@ -81,8 +76,7 @@ pub(super) fn domains(
 pub(super) fn lacks_where_it_is(vm: &VmSample, domains: &[Domain]) -> bool {
     let lacking = |domain: &&Domain| domain.demand_bytes >= GRANULE_BYTES;
     let mut lacking = domains.iter().filter(lacking);
-    // A few pages of any VM are on every node.
-    lacking.any(|domain| part_on(vm, domain) >= 1.0 / 16.0)
+    lacking.any(|domain| part_on(vm, domain) > 0.0)
 }
 
 /// Targets of this VM can be set by node, and its nodes are known.
@@ -98,12 +92,20 @@ pub(super) fn part_on(vm: &VmSample, domain: &Domain) -> f64 {
         Place::Budget => return if vm.limited { 1.0 } else { 0.0 },
         Place::Node(node, unknown) => (node, unknown),
     };
+    known_part(vm, node).unwrap_or(unknown)
+}
+
+/// The part of the VM's memory on the node, if its nodes are known. A few pages of every VM are on every node: an
+/// eighth of an even part is none.
+fn known_part(vm: &VmSample, node: NodeId) -> Option<f64> {
     let all: u64 = vm.nodes.iter().map(|node| node.current_bytes).sum();
     if all == 0 {
-        return unknown;
+        return None;
     }
     let here = vm.nodes.iter().filter(|sample| sample.node == node);
-    ratio(here.map(|sample| sample.current_bytes).sum(), all)
+    let part = ratio(here.map(|sample| sample.current_bytes).sum(), all);
+    let even = 1.0 / vm.nodes.len() as f64;
+    Some(if part < even / 8.0 { 0.0 } else { part })
 }
 
 /// The plan's target by node; empty for a balloon with one target. What a round gives is added where

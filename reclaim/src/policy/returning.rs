@@ -3,6 +3,7 @@
 
 use super::{
     aerostat::{GRANULE_BYTES, Plan, Round},
+    amount::{ratio, scaled},
     distress::Distress,
     guest::follows_demand,
     nodes::{self, Domain},
@@ -94,9 +95,18 @@ pub(super) fn divide_surplus(round: &Round<'_>, domains: &[Domain], plans: &mut 
         } else {
             rest.saturating_sub(promised) / 4
         };
-        for (plan, share_bytes) in plans.iter_mut().zip(divide(budget, &claims)) {
+        let shares = divide(budget, &claims);
+        let limited = plans
+            .iter()
+            .zip(&shares)
+            .filter(|(plan, _)| plan.vm.limited);
+        let of_limited = limited
+            .map(|(_, share)| *share)
+            .fold(0, u64::saturating_add);
+        let within = ratio(spares, of_limited).min(1.0);
+        for (plan, share_bytes) in plans.iter_mut().zip(shares) {
             let grant_bytes = if plan.vm.limited {
-                share_bytes.min(spares)
+                scaled(share_bytes, within)
             } else {
                 share_bytes
             };
@@ -104,7 +114,7 @@ pub(super) fn divide_surplus(round: &Round<'_>, domains: &[Domain], plans: &mut 
                 plan.target_bytes -= grant_bytes;
                 rest -= grant_bytes.min(rest);
                 if plan.vm.limited {
-                    spares -= grant_bytes;
+                    spares = spares.saturating_sub(grant_bytes);
                 }
                 plan.reason = Reason::Surplus {
                     surplus_bytes,

@@ -224,6 +224,8 @@ pub struct VmSample {
     pub floor_override: bool,
     /// The guest's memory, balloon included (its boot size).
     pub memory_bytes: u64,
+    /// The largest balloon there can be, where that is less than its memory.
+    pub reach_bytes: Option<u64>,
     /// What the VM occupies on the host (`memory.current`); `None` without a cgroup of its own.
     pub current_bytes: Option<u64>,
     /// What of its memory is swapped out by the host.
@@ -240,8 +242,6 @@ pub struct VmSample {
     pub limits: MemoryLimits,
     /// Its limit comes out of the budget.
     pub limited: bool,
-    /// What of `current_bytes` the host can have at once: page cache that nobody has used for a while.
-    pub inactive_file_bytes: u64,
     /// By host node; empty if it is not known.
     pub nodes: Vec<VmNodeSample>,
     /// What its hypervisor can do.
@@ -265,6 +265,7 @@ impl VmSample {
             manual_target_bytes: None,
             floor_override: false,
             memory_bytes,
+            reach_bytes: None,
             current_bytes: None,
             swap_current_bytes: None,
             ballooned_bytes: 0,
@@ -273,7 +274,6 @@ impl VmSample {
             pressure: None,
             limits: MemoryLimits::default(),
             limited: false,
-            inactive_file_bytes: 0,
             nodes: Vec::new(),
             traits: HypervisorTraits::default(),
             capabilities: Capabilities::default(),

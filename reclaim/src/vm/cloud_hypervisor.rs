@@ -100,6 +100,7 @@ impl Vm for CloudHypervisor {
         let memory_bytes = info.config.memory.bytes();
         Ok(Observation {
             memory_bytes,
+            reach_bytes: None,
             target_bytes: Some(balloon.size),
             // A difference that wraps around below zero.
             ballooned_bytes: ballooned_bytes(memory_bytes, info.memory_actual_size.cast_signed()),

@@ -188,6 +188,7 @@ impl Vm for ControlClient {
         let has = |name: &str| status.feature_names.iter().any(|known| known == name);
         Ok(Observation {
             memory_bytes: status.memory_bytes,
+            reach_bytes: None,
             target_bytes: Some(status.target_bytes),
             // After a restart of the back-end the driver's own figure is the truth.
             ballooned_bytes: status.ballooned_bytes.max(status.actual_bytes),

@@ -157,6 +157,7 @@ impl Vm for Crosvm {
         };
         Ok(Observation {
             memory_bytes: self.memory_bytes.unwrap_or(told),
+            reach_bytes: None,
             target_bytes: self.target_bytes,
             ballooned_bytes: report.balloon_actual,
             running: guest_stats,

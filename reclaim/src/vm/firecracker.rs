@@ -114,6 +114,7 @@ impl Vm for Firecracker {
         }
         Ok(Observation {
             memory_bytes: machine.mem_size_mib.saturating_mul(MIB),
+            reach_bytes: None,
             target_bytes: Some(target_bytes),
             ballooned_bytes,
             running: instance.state == "Running",

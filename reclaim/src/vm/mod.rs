@@ -48,6 +48,8 @@ pub(crate) mod test_peer;
 pub struct Observation {
     /// The guest's memory, balloon included.
     pub memory_bytes: u64,
+    /// The largest balloon there can be, where that is less (virtio-mem in QEMU).
+    pub reach_bytes: Option<u64>,
     /// What the balloon should hold, where the VMM tells; else the last one we set counts.
     pub target_bytes: Option<u64>,
     /// What the balloon holds.

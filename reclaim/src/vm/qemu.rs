@@ -107,6 +107,7 @@ impl Qemu {
 
     /// The guest's memory, and what of it the balloon can take: of what is plugged in QEMU's balloon counts DIMMs
     /// and nothing else (`get_current_ram_size()` in `hw/virtio/virtio-balloon.c`), so no memory of virtio-mem.
+    /// NVDIMMs and the like are none of the guest's memory.
     fn memory(&mut self) -> Result<Memory, VmError> {
         #[derive(Deserialize)]
         #[serde(rename_all = "kebab-case")]
@@ -134,11 +135,14 @@ impl Qemu {
             });
         }
         let devices: Vec<Device> = self.monitor.execute("query-memory-devices", None)?;
-        let dimms = devices.iter().filter(|device| device.kind == "dimm");
-        let dimm_bytes = dimms.fold(0_u64, |sum, dimm| sum.saturating_add(dimm.data.size));
+        let plugged = |kind: &str| {
+            let devices = devices.iter().filter(|device| device.kind == kind);
+            devices.fold(0_u64, |sum, device| sum.saturating_add(device.data.size))
+        };
+        let of_balloon_bytes = summary.base_memory.saturating_add(plugged("dimm"));
         Ok(Memory {
-            all_bytes: summary.base_memory.saturating_add(summary.plugged_memory),
-            of_balloon_bytes: summary.base_memory.saturating_add(dimm_bytes),
+            all_bytes: of_balloon_bytes.saturating_add(plugged("virtio-mem")),
+            of_balloon_bytes,
         })
     }
 
@@ -205,6 +209,8 @@ impl Vm for Qemu {
         let guest_stats = self.polling && guest.age.is_some();
         Ok(Observation {
             memory_bytes: memory.all_bytes,
+            reach_bytes: (memory.of_balloon_bytes < memory.all_bytes)
+                .then_some(memory.of_balloon_bytes),
             target_bytes: self.target_bytes,
             ballooned_bytes,
             running: active && status.running,

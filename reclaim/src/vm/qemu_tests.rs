@@ -29,7 +29,7 @@ fn endpoint(peer: &Peer, protocol: Protocol) -> Endpoint {
     }
 }
 
-/// QEMU with 1 GiB, a DIMM of 256 MiB, 2 GiB of virtio-mem, and 100 MiB ballooned.
+/// QEMU with 1 GiB, a DIMM of 256 MiB, 2 GiB of virtio-mem, an NVDIMM, and 100 MiB ballooned.
 fn qemu(kind: &'static str) -> Peer {
     monitor(move |command, arguments| match command {
         "qom-list" if arguments["path"] == "/machine/peripheral" => Ok(json!([
@@ -50,11 +50,12 @@ fn qemu(kind: &'static str) -> Peer {
             "last-update": 1_700_000_000,
         })),
         "query-memory-size-summary" => {
-            Ok(json!({"base-memory": 1024 * MIB, "plugged-memory": 2304 * MIB}))
+            Ok(json!({"base-memory": 1024 * MIB, "plugged-memory": 10496 * MIB}))
         }
         "query-memory-devices" => Ok(json!([
             {"type": "virtio-mem", "data": {"size": 2048 * MIB, "max-size": 4096 * MIB}},
             {"type": "dimm", "data": {"size": 256 * MIB, "slot": 0}},
+            {"type": "nvdimm", "data": {"size": 8192 * MIB, "slot": 1}},
         ])),
         "query-status" => Ok(json!({"running": true, "status": "running"})),
         "query-balloon" => Ok(json!({"actual": 1180 * MIB})),
@@ -70,8 +71,8 @@ fn qemu_is_observed_in_ballooned_bytes_and_its_statistics_are_switched_on() {
     let seen = vm.observe().unwrap();
 
     assert_eq!(
-        (seen.memory_bytes, seen.ballooned_bytes),
-        (3328 * MIB, 100 * MIB)
+        (seen.memory_bytes, seen.reach_bytes, seen.ballooned_bytes),
+        (3328 * MIB, Some(1280 * MIB), 100 * MIB)
     );
     assert!(seen.running && seen.capabilities.guest_stats && seen.capabilities.deflate_on_oom);
     assert_eq!(seen.target_bytes, None);

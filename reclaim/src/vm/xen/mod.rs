@@ -131,6 +131,7 @@ impl Vm for XenDomain {
         let target = target.or(self.target_bytes).unwrap_or(0);
         Ok(Observation {
             memory_bytes,
+            reach_bytes: None,
             target_bytes: Some(target),
             // A guest that does not say is taken at its target.
             ballooned_bytes: actual.unwrap_or(target),
