@@ -234,6 +234,8 @@ impl<'a> Run<'a> {
 
     /// From features to DRIVER_OK.
     fn set_up(&mut self, queues: u8) {
+        // A forged state may have had others.
+        self.lay_out_for(self.features);
         self.device
             .set_features(self.features)
             .expect("features that are offered");
@@ -247,6 +249,22 @@ impl<'a> Run<'a> {
         }
         self.device.activate().expect("a device that is set up");
         self.note_terms();
+    }
+
+    /// Rings have the layout that the features say.
+    fn lay_out_for(&mut self, features: u64) {
+        if self.layout == Layout::Elements {
+            return;
+        }
+        let packed = features & 1 << 34 != 0;
+        self.layout = if packed {
+            Layout::Packed
+        } else {
+            Layout::Split
+        };
+        for driver in &mut self.drivers {
+            driver.change_layout(self.layout);
+        }
     }
 
     fn start(&mut self, queue: u16, places: Option<[u64; 3]>) {

@@ -70,20 +70,12 @@ impl Run<'_> {
     pub(super) fn go_on(&mut self) {
         self.oracle.go_on_with(&self.device, &self.host.guest);
         self.terms.broken = self.device.state() == DeviceState::NeedsReset;
-        if self.layout != Layout::Elements {
-            let packed = self.device.features() & 1 << 34 != 0;
-            self.layout = if packed {
-                Layout::Packed
-            } else {
-                Layout::Split
-            };
-        }
+        self.lay_out_for(self.device.features());
         for queue in 0..QUEUES {
             let Ok(from) = self.device.saved_position(queue) else {
                 continue;
             };
             let driver = &mut self.drivers[usize::from(queue)];
-            driver.change_layout(self.layout);
             driver.resume(from);
             let places = driver.places();
             if self.layout != Layout::Elements {
