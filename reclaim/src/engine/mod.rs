@@ -37,7 +37,7 @@ use self::{
     worker::Worker,
 };
 use crate::{
-    cgroup::{Cgroup, CgroupError},
+    cgroup::{Cgroup, CgroupError, Delegated},
     config::{Config, Limits},
     host::{HostError, HostFiles},
     ledger::{ByNode, Ledger},
@@ -99,7 +99,9 @@ pub struct Engine {
     pressure_events: u64,
     ticks: u64,
     scan_trouble: BTreeSet<String>,
-    /// What is wrong with the delegated cgroup.
+    /// The delegated cgroup, if limits are kept and it can be opened.
+    root: Option<Delegated>,
+    /// What is wrong with it.
     root_trouble: Option<String>,
     status: Arc<RwLock<Arc<Status>>>,
 }
@@ -128,6 +130,7 @@ impl Engine {
             pressure_events: 0,
             ticks: 0,
             scan_trouble: BTreeSet::new(),
+            root: None,
             root_trouble: None,
             status: Arc::default(),
         };
@@ -352,26 +355,35 @@ impl Engine {
         }
     }
 
+    /// Opens the delegated cgroup; `None` if no limits are kept.
+    fn open_root(&self) -> Option<Result<Delegated, CgroupError>> {
+        let root = self.config.host.cgroup_root.as_deref();
+        let root = root.filter(|_| self.config.limits() != Limits::None)?;
+        Some(Delegated::open_with(root, self.world.open_cgroup))
+    }
+
     /// What all VMs may occupy: as configured, else what the root cgroup may, else the host's memory
     /// without its reserve. The root may come, go and be limited at any time.
     fn set_budget(&mut self) {
-        if self.config.limits() == Limits::None {
+        let opened = self.open_root();
+        self.root = None;
+        let Some(opened) = opened else {
             return;
-        }
-        let root = self.config.host.cgroup_root.as_deref();
-        let limits = root.map(|root| (self.world.open_cgroup)(root)?.limits());
-        let (limits, trouble) = match limits.transpose() {
-            Ok(limits) => (limits.unwrap_or_default(), None),
+        };
+        let looked = opened.and_then(|root| {
+            let root = self.root.insert(root);
+            root.root().limits()
+        });
+        let (limits, trouble) = match looked {
+            Ok(limits) => (limits, None),
             Err(error) => (MemoryLimits::default(), Some(error.to_string())),
         };
         if let Some(text) = trouble.as_ref().filter(|_| trouble != self.root_trouble) {
             tracing::warn!("{text}: no limits are kept below it");
         }
         self.root_trouble = trouble;
-        let of_root = match (limits.high_bytes, limits.max_bytes) {
-            (Some(high), Some(max)) => Some(high.min(max)),
-            (one, other) => one.or(other),
-        };
+        let of_root = [limits.high_bytes, limits.max_bytes];
+        let of_root = of_root.into_iter().flatten().min();
         let host = &self.sample.host;
         let budget = match (self.config.host.budget, of_root) {
             (Some(size), _) => size.0,

@@ -15,7 +15,7 @@ use super::{
     worker::Seen,
 };
 use crate::{
-    cgroup::{Cgroup, CgroupError, Delegated},
+    cgroup::{Cgroup, CgroupError},
     config::Limits,
     policy::{Decision, GuestMemory, VmId, VmNodeSample, VmSample, configured_floor_bytes},
     vm::Observation,
@@ -65,14 +65,6 @@ impl Engine {
                 places.push((vm.clone(), path));
             }
         }
-        // That it cannot be opened is said of the budget.
-        let delegated = self
-            .config
-            .host
-            .cgroup_root
-            .as_deref()
-            .filter(|_| self.config.limits() != Limits::None)
-            .and_then(|root| Delegated::open_with(root, self.world.open_cgroup).ok());
         let mut inhabitants = HashMap::<&Path, usize>::new();
         for (_, path) in &places {
             *inhabitants.entry(path).or_default() += 1;
@@ -94,7 +86,7 @@ impl Engine {
                 continue;
             }
             member.enter_cgroup(vm, path, self.world.open_cgroup, slack);
-            let foreign = delegated.as_ref().map(|root| root.check(path).err());
+            let foreign = self.root.as_ref().map(|root| root.check(path).err());
             member.limited = member.cgroup.is_some() && matches!(foreign, Some(None));
             if !member.limited {
                 let text = foreign.flatten().map(|error| error.to_string());

@@ -7,7 +7,6 @@ use std::{
 
 use super::{Engine, by_vm, fleet::Where, limits::VmLimits, worker::Step};
 use crate::{
-    cgroup::Delegated,
     config::Limits,
     ledger::{
         ByNode,
@@ -113,8 +112,7 @@ impl Engine {
         }
         let now = self.config.limits();
         let open = self.world.open_cgroup;
-        let root = self.config.host.cgroup_root.clone();
-        let root = root.and_then(|root| Delegated::open_with(&root, open).ok());
+        let root = self.open_root().and_then(Result::ok);
         let is_ours = |path: &Path| root.as_ref().is_some_and(|root| root.check(path).is_ok());
         let max_slack = (before == Limits::HighAndMax).then_some(0);
         let orphans = self.orphans.iter().filter_map(|(vm, path)| {
@@ -128,7 +126,7 @@ impl Engine {
         });
         let all: Vec<_> = orphans.chain(members).collect();
         for (vm, limits) in all {
-            let keeps_high = now != Limits::None && is_ours(limits.cgroup().path());
+            let keeps_high = is_ours(limits.cgroup().path());
             if keeps_high && (now == before || now == Limits::HighAndMax)
                 || self.ledger.lock().account_bytes(&vm).is_none()
             {
@@ -151,16 +149,13 @@ impl Engine {
     /// known all is needed.
     pub(super) fn count_budget(&mut self) {
         let ledger = self.ledger.lock();
-        let slack = self.config.host.slack.0;
         let mut needed = 0_u64;
         for vm in ledger.vms() {
             let account = ledger.account_bytes(vm).unwrap_or(0);
             let seen = self.vm(vm).filter(|vm| vm.memory_bytes > 0);
             let need = seen.and_then(|vm| {
                 let current = vm.current_bytes?;
-                let due = self.entitled_bytes(vm, vm.ballooned_bytes);
-                let soon = current.saturating_add(slack.saturating_mul(2));
-                Some(due.min(soon).max(current))
+                Some(self.soon_bytes(vm, vm.ballooned_bytes).max(current))
             });
             needed = needed.saturating_add(need.unwrap_or(account));
         }
@@ -250,6 +245,17 @@ impl Engine {
             .saturating_add(self.config.host.overhead.0)
     }
 
+    /// What a VM will occupy soon if its balloon holds `ballooned`: it uses what it is about to get back, and takes
+    /// something until the next decision, but no more than it may have.
+    fn soon_bytes(&self, vm: &VmSample, ballooned: u64) -> u64 {
+        let due = self.entitled_bytes(vm, ballooned);
+        let returning = vm.ballooned_bytes.saturating_sub(ballooned);
+        let room = self.config.host.slack.0.saturating_mul(2);
+        vm.current_bytes.map_or(due, |current| {
+            due.min(current.saturating_add(returning).saturating_add(room))
+        })
+    }
+
     /// Carries decisions out.
     pub(super) fn act(&mut self, decisions: &[Decision]) {
         let mut pool = u64::try_from(self.ledger.lock().pool_bytes()).unwrap_or(0);
@@ -329,15 +335,7 @@ impl Engine {
             return Some(plan);
         }
         let due = self.entitled_bytes(vm, target);
-        // What it will occupy soon: it uses what it is about to get back.
-        let returning = vm.ballooned_bytes.saturating_sub(target);
-        let soon = vm.current_bytes.map_or(due, |current| {
-            due.min(
-                current
-                    .saturating_add(returning)
-                    .saturating_add(slack.saturating_mul(2)),
-            )
-        });
+        let soon = self.soon_bytes(vm, target);
         plan.due_bytes = due.saturating_sub(account);
         plan.urgent_bytes = soon.saturating_sub(account);
         // When others are short, what it does not use is theirs.

@@ -46,11 +46,16 @@ struct Orders {
     step: Option<Box<Step>>,
     /// A look is ordered or under way.
     look: bool,
-    /// The thread has something to do, or does it.
-    busy: bool,
     /// A step is under way.
     carrying: bool,
     ended: bool,
+}
+
+impl Orders {
+    /// The thread has a step to carry out, or does so.
+    fn has_step(&self) -> bool {
+        self.carrying || self.step.is_some()
+    }
 }
 
 /// Where orders are left for the thread.
@@ -70,11 +75,9 @@ impl Desk {
             }
             let step = orders.step.take();
             if step.is_some() || orders.look {
-                orders.busy = true;
                 orders.carrying = step.is_some();
                 return Some((step, orders.look));
             }
-            orders.busy = false;
             self.given.wait(&mut orders);
         }
     }
@@ -163,9 +166,8 @@ impl Worker {
     /// Asks for a look at the VM; false if the thread has something else to do first.
     pub(super) fn observe(&self) -> bool {
         let mut orders = self.desk.orders.lock();
-        let at_once = !orders.busy;
+        let at_once = !orders.look && !orders.has_step();
         orders.look = true;
-        orders.busy = true;
         self.desk.given.notify_one();
         at_once
     }
@@ -175,7 +177,6 @@ impl Worker {
         let mut orders = self.desk.orders.lock();
         orders.step = step.map(Box::new);
         if orders.step.is_some() {
-            orders.busy = true;
             self.desk.given.notify_one();
         } else {
             // What could not be done need not be done any more.
@@ -185,8 +186,7 @@ impl Worker {
 
     /// A step is under way, or about to be.
     pub(super) fn is_carrying(&self) -> bool {
-        let orders = self.desk.orders.lock();
-        orders.carrying || orders.step.is_some()
+        self.desk.orders.lock().has_step()
     }
 
     /// What is known about the VM.

@@ -80,8 +80,10 @@ pub(super) fn divide_surplus(round: &Round<'_>, domains: &[Domain], plans: &mut 
         let claims: Vec<Claim> = plans
             .iter()
             .map(|plan| {
-                let open = !plan.settled && follows_demand(plan.vm.mode) && !plan.may_not_shrink;
-                let open = open && !nodes::lacks_where_it_is(plan.vm, domains);
+                let open = !plan.settled
+                    && follows_demand(plan.vm.mode)
+                    && !plan.may_not_shrink
+                    && !nodes::lacks_where_it_is(plan.vm, domains);
                 let wants = open && plan.guest.distress.is_none() && plan.guest.hungry() == hungry;
                 let above = plan.target_bytes.saturating_sub(plan.baseline_bytes());
                 Claim {

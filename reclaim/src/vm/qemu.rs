@@ -128,13 +128,10 @@ impl Qemu {
             size: u64,
         }
         let summary: Summary = self.monitor.execute("query-memory-size-summary", None)?;
-        if summary.plugged_memory == 0 {
-            return Ok(Memory {
-                all_bytes: summary.base_memory,
-                of_balloon_bytes: summary.base_memory,
-            });
-        }
-        let devices: Vec<Device> = self.monitor.execute("query-memory-devices", None)?;
+        let devices: Vec<Device> = match summary.plugged_memory {
+            0 => Vec::new(),
+            _ => self.monitor.execute("query-memory-devices", None)?,
+        };
         let plugged = |kind: &str| {
             let devices = devices.iter().filter(|device| device.kind == kind);
             devices.fold(0_u64, |sum, device| sum.saturating_add(device.data.size))
